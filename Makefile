@@ -1,0 +1,72 @@
+# Each target sets up what it needs: a virtual environment with torch, and pyattn in it, editable.
+# `make PYTHON=python3.13 VENV=.venv-3.13 test` takes another Python, `make TORCH=... test` another torch,
+# `make ARGS="-k causal" test` passes arguments on.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
+DOCTESTS = $(shell grep -rl --include='*.py' '^ *>>> ' pyattn)
+SANITIZED := build/sanitize
+
+.PHONY: demo test test-all bench report sanitize lint clean
+
+demo: $(VENV)/built
+	$(PY) -m pyattn compare --out build/demo $(ARGS)
+	$(PY) examples/demo.py --out build/demo
+
+test: $(VENV)/built
+	$(PY) -m pytest --doctest-modules tests $(DOCTESTS) $(ARGS)
+
+test-all: $(VENV)/built
+	$(PY) -m pytest --doctest-modules -m "not gpu" tests $(DOCTESTS) $(ARGS)
+
+bench: $(VENV)/installed-bench
+	$(PY) -m pytest --benchmark-only benchmarks $(ARGS)
+
+report: $(VENV)/built
+	$(PY) benchmarks/report.py $(ARGS)
+
+lint: $(VENV)/built
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(filter %.cpp %.h %.cuh,$(CSRC))
+	$(PY) -m mypy
+
+# The suite with AddressSanitizer and UndefinedBehaviorSanitizer in the extension. A second copy of the package is
+# built in build/sanitize, and `python -m`, started there, finds it before the editable install; the `python -c` makes
+# sure of that. libstdc++ is preloaded so that ASan finds __cxa_throw; --capture=sys lets its report through.
+sanitize: $(VENV)/built
+	rm -rf $(SANITIZED)/pyattn
+	PYATTN_SANITIZE=address,undefined $(PY) setup.py -q build --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	export LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 && \
+	cd $(SANITIZED) && \
+	$(abspath $(PY)) -c "import pyattn._native as n; assert n.__file__.startswith('$(abspath $(SANITIZED))'), n" && \
+	$(abspath $(PY)) -m pytest --capture=sys $(CURDIR)/tests $(ARGS)
+
+# Leaves the virtual environment, in which torch takes longest to install.
+clean:
+	rm -rf build dist *.egg-info pyattn/*.so $(VENV)/built $(VENV)/installed* \
+	    .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# torch only if it is missing: the version of development is no requirement of the library.
+$(VENV)/installed: pyproject.toml setup.py | $(VENV)/bin/pip
+	$(PY) -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null || $(PY) -m pip install $(TORCH)
+	$(PY) -m pip install -e '.[dev]'
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/built
+	$(PY) -m pip install -e '.[dev,bench]'
+	touch $@
+
+# Does nothing right after an install; after an edit of csrc it compiles what changed.
+$(VENV)/built: $(VENV)/installed $(CSRC)
+	$(PY) setup.py -q build_ext --inplace
+	touch $@

@@ -1,0 +1,81 @@
+// The only file that knows Python. Tensors arrive as addresses, sizes and strides: no torch here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+
+#include "cpu/isa.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace py = pybind11;
+using namespace pyattn;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Strides strides(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2]}; }
+
+DType dtype_of(int code) {
+  if (code < 0 || code > 3) throw std::invalid_argument("dtype must be a code from 0 to 3, got " + std::to_string(code));
+  return static_cast<DType>(code);
+}
+
+int64_t window_side(int64_t side) { return side < 0 || side > kUnlimited ? kUnlimited : side; }
+
+// Arguments in the order of `_native.attention_forward` in pyattn/backends/cpu.py. An address of 0 is "not given".
+void attention_forward(const std::string& isa, int threads, int dtype, const std::array<int64_t, 7>& sizes,
+                       uintptr_t query, const std::array<int64_t, 4>& query_stride, uintptr_t key,
+                       const std::array<int64_t, 4>& key_stride, uintptr_t value,
+                       const std::array<int64_t, 4>& value_stride, uintptr_t out,
+                       const std::array<int64_t, 4>& out_stride, uintptr_t lse, uintptr_t mask, int mask_dtype,
+                       const std::array<int64_t, 4>& mask_stride, uintptr_t q_offsets, uintptr_t kv_lengths,
+                       uintptr_t kv_starts, std::optional<int64_t> q_offset, int64_t window_left, int64_t window_right,
+                       double scale) {
+  AttentionParams p;
+  p.dtype = dtype_of(dtype);
+  const auto [B, Hq, Hkv, Lq, Lk, D, Dv] = sizes;
+  p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.Lq = Lq, p.Lk = Lk, p.D = D, p.Dv = Dv;
+  p.query = pointer<void>(query), p.query_stride = strides(query_stride);
+  p.key = pointer<void>(key), p.key_stride = strides(key_stride);
+  p.value = pointer<void>(value), p.value_stride = strides(value_stride);
+  p.out = pointer<void>(out), p.out_stride = strides(out_stride);
+  p.lse = pointer<float>(lse);
+  p.mask = pointer<void>(mask), p.mask_dtype = dtype_of(mask_dtype);
+  p.mask_stride_b = mask_stride[0], p.mask_stride_h = mask_stride[1];
+  p.mask_stride_q = mask_stride[2], p.mask_stride_k = mask_stride[3];
+  p.q_offsets = pointer<int64_t>(q_offsets);
+  p.kv_lengths = pointer<int64_t>(kv_lengths);
+  p.kv_starts = pointer<int64_t>(kv_starts);
+  p.bottom_right = !q_offset;
+  p.q_offset = std::clamp(q_offset.value_or(0), -kUnlimited, kUnlimited);
+  p.window_left = window_side(window_left);
+  p.window_right = window_side(window_right);
+  p.scale = static_cast<float>(scale);
+  const CpuKernels& kernels = kernels_for(isa);
+  const py::gil_scoped_release release;
+  kernels.attention_forward(p, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  watch_forks();
+  m.def("attention_forward", &attention_forward);
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const CpuKernels& kernels : available_kernels()) names.emplace_back(kernels.isa);
+    return names;
+  });
+  m.def(
+      "peak_gflops",
+      [](const std::string& isa, int dtype) { return kernels_for(isa).peak_gflops(dtype_of(dtype)); },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("scratch_peak_bytes", &scratch_peak_bytes);
+}

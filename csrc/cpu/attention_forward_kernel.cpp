@@ -1,0 +1,633 @@
+// Attention forward on a CPU: tiled online softmax, one block of 64 queries of one head a task.
+//
+// Lanes are queries. A block computes S^T = K Q^T and O^T += V^T P^T, so keys and values are read where they lie, one
+// scalar broadcast at a time, and maximum, sum and rescale of the softmax are vertical operations without a
+// horizontal reduction. Only the queries and the output are transposed, in registers, once a block.
+//
+//   block   64 queries; lanes in panels of 16; 1 register tile of 4 panels (AVX-512) or 4 tiles of 1 panel
+//   tile    kMaxRows keys (or value columns) x the live panels, all accumulators in registers
+//   segment a run of keys for which K and V are staged at once: up to kBlockN where every query of the block sees
+//           every key, strips of 16 along the edges of the structured mask, where dead panels are left out
+//
+// Float16, and bfloat16 where there is no bfloat16 dot product, are converted to float a segment at a time. With the
+// dot product, K and Q are read as pairs along d, and V is interleaved into pairs of keys.
+// Scores live in units of log2: exp(x) = 2^(x log2 e).
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "../parallel.h"
+#include "../scratch.h"
+#include "isa.h"
+#include "vec.h"
+
+namespace pyattn::PYATTN_ISA {
+namespace {
+
+constexpr int kPanel = 16;
+constexpr int kPanelVecs = kPanel / kLanes;
+constexpr int kTileLanes = kPanel * kMaxPanels;
+constexpr int kBlockM = 64;
+constexpr int kTiles = kBlockM / kTileLanes;
+constexpr int kBlockN = 192;
+constexpr int kStrip = 16;
+constexpr int kMaxSum = 128;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr double kLn2 = 0.69314718055994531;
+constexpr float kMinBias = -2.3e38f;  // finite biases are clamped here: times log2(e) it is still finite
+
+template <class T>
+constexpr bool kDot = kHasBf16Dot && std::is_same_v<T, bf16>;
+
+PYATTN_INLINE int min_int(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
+
+// What one thread works in.
+struct Workspace {
+  float* q;        // [tile][D or pairs of D][kTileLanes]: the queries, transposed
+  float* s;        // [kBlockN + 1][kTileLanes]: scores, then weights, of one tile
+  float* o;        // [tile][Dv][kTileLanes]: the output, transposed
+  float* bias;     // [kBlockN][kTileLanes]: attn_mask of one tile, transposed
+  float* k;        // [kBlockN][D]: keys converted to float
+  float* v;        // [kBlockN][Dv]: values converted to float, or interleaved in pairs
+  void* v_finite;  // [kBlockN][Dv]: values of which rows with NaN or inf are set to 0
+  float* row_max;  // [kBlockM], in log2 units
+  float* row_sum;  // [kBlockM]
+  int32_t* lo;     // [kBlockM]: the key range of each query
+  int32_t* hi;     // [kBlockM]
+
+  size_t carve(void* base, const AttentionParams& p) {
+    Carver carver(base);
+    q = carver.take<float>(p.D * kBlockM);
+    s = carver.take<float>((kBlockN + 1) * kTileLanes);
+    o = carver.take<float>(p.Dv * kBlockM);
+    bias = carver.take<float>(p.mask ? kBlockN * kTileLanes : 0);
+    k = carver.take<float>(p.dtype == DType::f32 ? 0 : kBlockN * p.D);
+    v = carver.take<float>(p.dtype == DType::f32 ? 0 : kBlockN * p.Dv);
+    v_finite = carver.take<float>(kBlockN * p.Dv);
+    row_max = carver.take<float>(kBlockM);
+    row_sum = carver.take<float>(kBlockM);
+    lo = carver.take<int32_t>(kBlockM);
+    hi = carver.take<int32_t>(kBlockM);
+    return carver.used();
+  }
+};
+
+// Keys [first, first + count) with their operands as the tiles read them.
+struct Segment {
+  int64_t first;
+  int count;
+  bool edge;              // some query of the block does not see some key of it
+  const char* k;          // rows of float, or of bfloat16 pairs
+  int64_t k_row_bytes;
+  const float* v;         // rows of float; with the dot product, a row is a pair of keys
+  int64_t v_row;          // floats from one row to the next
+  int not_finite_count;   // rows of V that hold NaN or inf, set to 0 in `v`; looked for only where keys are masked
+  int not_finite[kBlockN];
+};
+
+// ---- operands ----------------------------------------------------------------------------------------------------
+
+template <bool kIsDot>
+PYATTN_INLINE vf multiply_add(vf c, vf a, vf b) {
+#ifdef PYATTN_ISA_AVX512_BF16
+  if constexpr (kIsDot) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#endif
+  return c + a * b;
+}
+
+// A 32-bit word, a float or a pair of bfloat16, into every lane.
+PYATTN_INLINE vf broadcast_word(const char* p) {
+  float word;
+  std::memcpy(&word, p, 4);
+  return broadcast(word);
+}
+
+// kLanes words of one row from word `first` on: floats, or pairs of bfloat16 along the row. Past the end they are 0.
+template <class T>
+PYATTN_INLINE vf load_words(const T* row, int first, int size) {
+  constexpr int kPerWord = kDot<T> ? 2 : 1;
+  if ((first + kLanes) * kPerWord <= size) {
+    if constexpr (kDot<T>)
+      return load_unaligned(reinterpret_cast<const float*>(row) + first);
+    else
+      return load_floats(row + first);
+  }
+  alignas(64) T padded[kLanes * kPerWord] = {};
+  for (int i = first * kPerWord; i < size; ++i) padded[i - first * kPerWord] = row[i];
+  if constexpr (kDot<T>)
+    return load_unaligned(reinterpret_cast<const float*>(padded));
+  else
+    return load_floats(padded);
+}
+
+// The queries of a block, transposed to [tile][word][lane]; lanes past `rows` are 0.
+template <class T>
+void pack_queries(const T* query, int64_t stride, int rows, int size, float* out) {
+  const int words = kDot<T> ? (size + 1) / 2 : size;
+  for (int lane = 0; lane < kBlockM; lane += kLanes) {
+    if (lane / kPanel * kPanel >= rows) break;  // a dead panel is never read
+    float* column = out + lane / kTileLanes * static_cast<int64_t>(words) * kTileLanes + lane % kTileLanes;
+    for (int w = 0; w < words; w += kLanes) {
+      vf block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = lane + i < rows ? load_words(query + (lane + i) * stride, w, size) : vf{};
+      transpose(block);
+      const int count = min_int(kLanes, words - w);
+      for (int i = 0; i < count; ++i) store(column + static_cast<int64_t>(w + i) * kTileLanes, block[i]);
+    }
+  }
+}
+
+template <class T>
+void convert_rows(const T* in, int64_t stride, int rows, int size, float* out) {
+  for (int r = 0; r < rows; ++r, in += stride, out += size) {
+    int e = 0;
+    for (; e + kLanes <= size; e += kLanes) store_unaligned(out + e, load_floats(in + e));
+    for (; e < size; ++e) out[e] = to_float(in[e]);
+  }
+}
+
+// Two rows of values become one row of pairs; an odd last row is paired with zeros.
+[[maybe_unused]] void interleave_rows(const bf16* in, int64_t stride, int rows, int size, float* out) {
+  for (int r = 0; r < rows; r += 2, out += size) {
+    const bf16 *a = in + r * stride, *b = a + stride;
+    const bool pair = r + 1 < rows;
+    uint32_t* words = reinterpret_cast<uint32_t*>(out);
+    int e = 0;
+#ifdef PYATTN_AVX512
+    for (; e + kLanes <= size; e += kLanes) {
+      const auto widen = [&](const bf16* p) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + e)));
+      };
+      const __m512i high = pair ? _mm512_slli_epi32(widen(b), 16) : _mm512_setzero_si512();
+      _mm512_storeu_si512(words + e, _mm512_or_si512(widen(a), high));
+    }
+#endif
+    for (; e < size; ++e) words[e] = a[e].bits | uint32_t{pair ? b[e].bits : uint16_t{0}} << 16;
+  }
+}
+
+PYATTN_INLINE bool not_finite(float x) { return (float_to_bits(x) & 0x7f800000) == 0x7f800000; }
+PYATTN_INLINE bool not_finite(bf16 x) { return (x.bits & 0x7f80) == 0x7f80; }
+PYATTN_INLINE bool not_finite(f16 x) { return (x.bits & 0x7c00) == 0x7c00; }
+
+// 0 * NaN is NaN: where a key is masked for some query, a value that is not finite must stay out of the matrix
+// product. Lists such rows, and returns values that have zeros in their place.
+template <class T>
+const T* hide_not_finite(const T* value, int64_t& stride, int size, Segment& segment, void* clean) {
+  for (int r = 0; r < segment.count; ++r) {
+    int any = 0;
+    for (int e = 0; e < size; ++e) any |= not_finite(value[r * stride + e]);
+    if (any) segment.not_finite[segment.not_finite_count++] = r;
+  }
+  if (segment.not_finite_count == 0) return value;
+  T* copy = static_cast<T*>(clean);
+  for (int r = 0, next = 0; r < segment.count; ++r) {
+    const bool hide = next < segment.not_finite_count && segment.not_finite[next] == r;
+    next += hide;
+    for (int e = 0; e < size; ++e) copy[r * size + e] = hide ? T{} : value[r * stride + e];
+  }
+  stride = size;
+  return copy;
+}
+
+template <class T>
+void stage(const AttentionParams& p, const T* key, const T* value, bool masked, const Workspace& w, Segment& segment) {
+  const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
+  int64_t v_stride = p.value_stride.l;
+  key += segment.first * p.key_stride.l;
+  value += segment.first * v_stride;
+  segment.not_finite_count = 0;
+  if (masked) value = hide_not_finite(value, v_stride, Dv, segment, w.v_finite);
+  if constexpr (std::is_same_v<T, float> || kDot<T>) {
+    segment.k = reinterpret_cast<const char*>(key);
+    segment.k_row_bytes = p.key_stride.l * static_cast<int64_t>(sizeof(T));
+  } else {
+    convert_rows(key, p.key_stride.l, segment.count, D, w.k);
+    segment.k = reinterpret_cast<const char*>(w.k);
+    segment.k_row_bytes = D * static_cast<int64_t>(sizeof(float));
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    segment.v = value;
+    segment.v_row = v_stride;
+  } else {
+    if constexpr (kDot<T>)
+      interleave_rows(value, v_stride, segment.count, Dv, w.v);
+    else
+      convert_rows(value, v_stride, segment.count, Dv, w.v);
+    segment.v = w.v;
+    segment.v_row = Dv;
+  }
+}
+
+// ---- register tiles ----------------------------------------------------------------------------------------------
+
+// Calls f with rows as a compile-time constant, over runs of at most kMaxRows that are as even as they can be: the
+// accumulators of a short last run would wait for each other.
+template <int kRows = kMaxRows, class F>
+PYATTN_INLINE void call_with_rows(int rows, const F& f) {
+  if (rows == kRows)
+    f(std::integral_constant<int, kRows>{});
+  else if constexpr (kRows > 1)
+    call_with_rows<kRows - 1>(rows, f);
+}
+
+template <class F>
+PYATTN_INLINE void for_row_tiles(int count, const F& f) {
+  for (int i = 0; i < count;) {
+    const int left = count - i;
+    const int rows = left >= 2 * kMaxRows || left == kMaxRows ? kMaxRows : left > kMaxRows ? (left + 1) / 2 : left;
+    call_with_rows(rows, [&](auto constant) { f(i, constant); });
+    i += rows;
+  }
+}
+
+// s[i][lane] = scale * sum over words of k[i][word] * q[word][lane]; raises `largest` to the scores. Long sums are made
+// of partial sums of at most kMaxSum words, since the error of a running sum grows with its length.
+template <bool kIsDot, int kRows, int kVecs>
+PYATTN_INLINE void score_tile(const char* k, int64_t row_bytes, int size, const float* q, float scale,
+                              float* s, vf (&largest)[kVecs]) {
+  vf c[kRows][kVecs];
+  const auto step = [&](const float* q_row, const auto& word) __attribute__((always_inline)) {
+    vf b[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) b[j] = load(q_row + j * kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const vf a = word(k + i * row_bytes);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) c[i][j] = multiply_add<kIsDot>(c[i][j], a, b[j]);
+    }
+  };
+  const int words = kIsDot ? size / 2 : size;
+  int w = 0;
+  do {
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) c[i][j] = vf{};
+    const int first = w, end = words - w > kMaxSum ? w + kMaxSum : words;
+#pragma GCC unroll 2
+    for (; w < end; ++w)
+      step(q + w * kTileLanes, [w](const char* row) __attribute__((always_inline)) { return broadcast_word(row + 4 * w); });
+    if (kIsDot && size % 2 && w == words) {
+      step(q + words * kTileLanes, [words](const char* row) __attribute__((always_inline)) {
+        uint16_t last;
+        std::memcpy(&last, row + 4 * words, 2);
+        return broadcast(bits_to_float(last));
+      });
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        float* score = s + i * kTileLanes + j * kLanes;
+        if (first) c[i][j] += load(score);
+        if (w < words) {
+          store(score, c[i][j]);
+        } else {
+          const vf x = c[i][j] * broadcast(scale);
+          largest[j] = max(largest[j], x);
+          store(score, x);
+        }
+      }
+    }
+  } while (w < words);
+}
+
+// o[i][lane] = o[i][lane] * alpha[lane] + sum over key rows of v[row][i] * p[row][lane]
+template <bool kIsDot, int kRows, int kVecs>
+PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const float* p, float* o,
+                               const vf (&alpha)[kVecs]) {
+  vf c[kRows][kVecs] = {};
+#pragma GCC unroll 2
+  for (int r = 0; r < rows; ++r) {
+    vf b[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) b[j] = load(p + r * kTileLanes + j * kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const vf a = broadcast_word(reinterpret_cast<const char*>(v + r * v_row + i));
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) c[i][j] = multiply_add<kIsDot>(c[i][j], a, b[j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      float* out = o + i * kTileLanes + j * kLanes;
+      store(out, load(out) * alpha[j] + c[i][j]);
+    }
+  }
+}
+
+// ---- masks -------------------------------------------------------------------------------------------------------
+
+template <class M>
+PYATTN_INLINE float bias_of(M x) {
+  const float bias = to_float(x);
+  return bias == -kInf ? bias : (bias < kMinBias ? kMinBias : bias) * kLog2e;
+}
+PYATTN_INLINE float bias_of(bool attend) { return attend ? 0.f : -kInf; }
+
+// attn_mask of `keys` keys and the tile's queries, transposed to [key][lane] and in log2 units.
+template <class M>
+void load_bias(const M* mask, int64_t stride_q, int64_t stride_k, int queries, int keys, float* bias) {
+  if (stride_q == 0) {
+    for (int r = 0; r < keys; ++r) {
+      const vf value = broadcast(bias_of(mask[r * stride_k]));
+      for (int lane = 0; lane < kTileLanes; lane += kLanes) store(bias + r * kTileLanes + lane, value);
+    }
+    return;
+  }
+  for (int lane = 0; lane < kTileLanes && lane < queries; lane += kLanes) {
+    for (int r = 0; r < keys; r += kLanes) {
+      const int count = min_int(kLanes, keys - r);
+      vf block[kLanes] = {};
+      for (int i = 0; i < kLanes && lane + i < queries; ++i) {
+        const M* row = mask + (lane + i) * stride_q + r * stride_k;
+        alignas(64) float values[kLanes] = {};
+        if (stride_k == 1 && count == kLanes) {
+#pragma GCC unroll 16
+          for (int j = 0; j < kLanes; ++j) values[j] = bias_of(row[j]);
+        } else {
+          for (int j = 0; j < count; ++j) values[j] = bias_of(row[j * stride_k]);
+        }
+        block[i] = load(values);
+      }
+      transpose(block);
+      for (int j = 0; j < count; ++j) store(bias + (r + j) * kTileLanes + lane, block[j]);
+    }
+  }
+}
+
+void load_bias(const AttentionParams& p, const char* mask, int64_t query, int64_t key, int queries, int keys,
+               float* bias) {
+  const int64_t offset = query * p.mask_stride_q + key * p.mask_stride_k;
+  const auto load_as = [&](auto element) {
+    const auto* first = reinterpret_cast<const decltype(element)*>(mask) + offset;
+    load_bias(first, p.mask_stride_q, p.mask_stride_k, queries, keys, bias);
+  };
+  switch (p.mask_dtype) {
+    case DType::f32: return load_as(float{});
+    case DType::bf16: return load_as(bf16{});
+    case DType::f16: return load_as(f16{});
+    case DType::boolean: return load_as(bool{});
+  }
+}
+
+// Scores plus bias, -inf where masked; `largest` anew. A masked score may have been NaN.
+template <int kVecs>
+PYATTN_INLINE void mask_scores(float* s, const float* bias, const int32_t* lo, const int32_t* hi, int32_t key,
+                               int keys, vf (&largest)[kVecs]) {
+  const vf minus_inf = broadcast(-kInf);
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) largest[j] = minus_inf;
+  for (int r = 0; r < keys; ++r) {
+    const vi this_key = broadcast(key + r);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      float* score = s + r * kTileLanes + j * kLanes;
+      vf x = load(score);
+      if (bias) {
+        const vf b = load(bias + r * kTileLanes + j * kLanes);
+        x = b == minus_inf ? minus_inf : x + b;
+      }
+      x = (this_key >= load(lo + j * kLanes)) & (this_key < load(hi + j * kLanes)) ? x : minus_inf;
+      largest[j] = max(largest[j], x);
+      store(score, x);
+    }
+  }
+}
+
+// ---- one tile against one segment --------------------------------------------------------------------------------
+
+// Scores to weights 2^(score - maximum), in place: floats, or with the dot product pairs of bfloat16, of which
+// row r holds keys 2r and 2r + 1. Updates maximum and sum; alpha is what earlier weights must be multiplied by.
+template <bool kIsDot, int kVecs>
+PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], float* row_max, float* row_sum,
+                                vf (&alpha)[kVecs]) {
+  const vf minus_inf = broadcast(-kInf);
+  vf shift[kVecs], sum[kVecs] = {};
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) {
+    const vf before = load(row_max + j * kLanes), now = max(before, largest[j]);
+    store(row_max + j * kLanes, now);
+    shift[j] = now == minus_inf ? vf{} : now;
+    alpha[j] = exp2(before - shift[j]);
+  }
+  if constexpr (kIsDot) {
+#ifdef PYATTN_ISA_AVX512_BF16
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int r = 0; r < keys; r += 2) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        const float* pair = s + r * kTileLanes + j * kLanes;
+        const vf a = exp2(load(pair) - shift[j]);
+        const vf b = r + 1 < keys ? exp2(load(pair + kTileLanes) - shift[j]) : vf{};
+        sum[j] += a + b;
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+        store(s + r / 2 * kTileLanes + j * kLanes, (vf)_mm512_permutexvar_epi16(interleave, both));
+      }
+    }
+#endif
+  } else {
+    for (int r = 0; r < keys; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        float* score = s + r * kTileLanes + j * kLanes;
+        const vf weight = exp2(load(score) - shift[j]);
+        sum[j] += weight;
+        store(score, weight);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) store(row_sum + j * kLanes, load(row_sum + j * kLanes) * alpha[j] + sum[j]);
+}
+
+// Adds the values that `hide_not_finite` took out, for the queries that do see them.
+template <class T>
+void add_not_finite(const Segment& segment, const T* value, int64_t stride, int size, const float* s,
+                    const uint64_t* live, int lanes, float* o) {
+  for (int n = 0; n < segment.not_finite_count; ++n) {
+    const int r = segment.not_finite[n];
+    const T* row = value + (segment.first + r) * stride;
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (!(live[n] >> lane & 1)) continue;
+      float weight = s[(kDot<T> ? r / 2 : r) * kTileLanes + lane];
+      if (kDot<T>) weight = bits_to_float(r % 2 ? float_to_bits(weight) & 0xffff0000 : float_to_bits(weight) << 16);
+      for (int e = 0; e < size; ++e) o[e * kTileLanes + lane] += weight * to_float(row[e]);
+    }
+  }
+}
+
+// The first `kPanels` panels from lane `lane` of the block on take in one segment.
+template <class T, int kPanels>
+__attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspace& w, const Segment& segment,
+                                         const T* value, int lane, bool has_bias) {
+  constexpr int kVecs = kPanels * kPanelVecs;
+  const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
+  const int words = kDot<T> ? (D + 1) / 2 : D, in_tile = lane % kTileLanes;
+  const int64_t tile = lane / kTileLanes;
+  const float* q = w.q + tile * words * kTileLanes + in_tile;
+  float* o = w.o + tile * Dv * kTileLanes + in_tile;
+  float* s = w.s + in_tile;
+  const bool masked = segment.edge || has_bias;
+  const float scale = p.scale * kLog2e;
+
+  vf largest[kVecs], alpha[kVecs];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) largest[j] = broadcast(-kInf);
+  for_row_tiles(segment.count, [&](int i, auto rows) {
+    score_tile<kDot<T>, rows(), kVecs>(segment.k + i * segment.k_row_bytes, segment.k_row_bytes, D, q, scale,
+                                       s + i * kTileLanes, largest);
+  });
+  uint64_t live[kBlockN];  // for each hidden row of V, the lanes that see it
+  if (masked) {
+    mask_scores<kVecs>(s, has_bias ? w.bias + in_tile : nullptr, w.lo + lane, w.hi + lane,
+                       static_cast<int32_t>(segment.first), segment.count, largest);
+    for (int n = 0; n < segment.not_finite_count; ++n) {
+      live[n] = 0;
+      for (int i = 0; i < kPanels * kPanel; ++i)
+        live[n] |= uint64_t{s[segment.not_finite[n] * kTileLanes + i] != -kInf} << i;
+    }
+  }
+  softmax_step<kDot<T>, kVecs>(s, segment.count, largest, w.row_max + lane, w.row_sum + lane, alpha);
+  const int rows_of_v = kDot<T> ? (segment.count + 1) / 2 : segment.count;
+  for_row_tiles(Dv, [&](int e, auto rows) {
+    output_tile<kDot<T>, rows(), kVecs>(segment.v + e, segment.v_row, rows_of_v, s, o + e * kTileLanes, alpha);
+  });
+  if (segment.not_finite_count > 0)
+    add_not_finite(segment, value, p.value_stride.l, Dv, s, live, kPanels * kPanel, o);
+}
+
+template <class T, int kPanels = kMaxPanels>
+PYATTN_INLINE void call_tile_step(int panels, const AttentionParams& p, const Workspace& w, const Segment& segment,
+                                  const T* value, int lane, bool has_bias) {
+  if (panels == kPanels)
+    tile_step<T, kPanels>(p, w, segment, value, lane, has_bias);
+  else if constexpr (kPanels > 1)
+    call_tile_step<T, kPanels - 1>(panels, p, w, segment, value, lane, has_bias);
+}
+
+// ---- one block of queries ----------------------------------------------------------------------------------------
+
+// out = O / sum, transposed back; lse = log(sum) + maximum.
+template <class T>
+void finish(const AttentionParams& p, const Workspace& w, int rows, T* out, float* lse) {
+  const int Dv = static_cast<int>(p.Dv);
+  for (int i = 0; i < rows; ++i)
+    lse[i] = static_cast<float>((static_cast<double>(w.row_max[i]) + std::log2(w.row_sum[i])) * kLn2);
+  for (int lane = 0; lane < rows; lane += kLanes) {
+    const float* column = w.o + lane / kTileLanes * static_cast<int64_t>(Dv) * kTileLanes + lane % kTileLanes;
+    const vf sum = load(w.row_sum + lane), inverse = sum == vf{} ? vf{} : broadcast(1.f) / sum;
+    for (int e = 0; e < Dv; e += kLanes) {
+      const int count = min_int(kLanes, Dv - e);
+      vf block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = i < count ? load(column + (e + i) * kTileLanes) * inverse : vf{};
+      transpose(block);
+      for (int i = 0; i < kLanes && lane + i < rows; ++i) {
+        T* row = out + (lane + i) * p.out_stride.l + e;
+        if (count == kLanes) {
+          store_floats(row, block[i]);
+        } else {
+          alignas(64) T padded[kLanes];
+          store_floats(padded, block[i]);
+          for (int c = 0; c < count; ++c) row[c] = padded[c];
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void forward_block(const AttentionParams& p, int64_t b, int64_t h, int64_t first_query) {
+  const int rows = min_int(kBlockM, p.Lq - first_query);
+  const int64_t kv_head = h / (p.Hq / p.Hkv);
+  const T* query = static_cast<const T*>(p.query) + b * p.query_stride.b + h * p.query_stride.h;
+  const T* key = static_cast<const T*>(p.key) + b * p.key_stride.b + kv_head * p.key_stride.h;
+  const T* value = static_cast<const T*>(p.value) + b * p.value_stride.b + kv_head * p.value_stride.h;
+  T* out = static_cast<T*>(p.out) + b * p.out_stride.b + h * p.out_stride.h + first_query * p.out_stride.l;
+  const char* mask = static_cast<const char*>(p.mask);
+  if (mask) mask += (b * p.mask_stride_b + h * p.mask_stride_h) * size_of(p.mask_dtype);
+
+  Workspace w;
+  w.carve(thread_scratch(w.carve(nullptr, p)), p);
+  pack_queries(query + first_query * p.query_stride.l, p.query_stride.l, rows, static_cast<int>(p.D), w.q);
+  const int live_lanes = (rows + kPanel - 1) / kPanel * kPanel;
+  const int used_tiles = (live_lanes + kTileLanes - 1) / kTileLanes;
+  std::memset(w.o, 0, sizeof(float) * static_cast<size_t>(used_tiles * kTileLanes) * static_cast<size_t>(p.Dv));
+  const KeyRanges ranges(p, b);
+  for (int i = 0; i < kBlockM; ++i) {
+    const KeyRange range = i < rows ? ranges.row(first_query + i) : KeyRange{0, 0};
+    w.lo[i] = min_int(range.lo, p.Lk);
+    w.hi[i] = min_int(range.hi, p.Lk);
+    w.row_max[i] = -kInf;
+    w.row_sum[i] = 0;
+  }
+
+  const bool has_bias = mask != nullptr;
+  Segment segment;
+  const auto process = [&](int64_t first, int count, bool edge) {
+    segment.first = first;
+    segment.count = count;
+    segment.edge = edge;
+    stage(p, key, value, edge || has_bias, w, segment);
+    for (int begin = 0; begin < live_lanes; begin += kTileLanes) {
+      // Both ends of the ranges rise with the query, so the panels that see a segment follow one another.
+      int lane = begin, end = min_int(begin + kTileLanes, live_lanes);
+      const auto last_row = [&](int panel) { return min_int(panel + kPanel, rows) - 1; };
+      while (lane < end && w.hi[last_row(lane)] <= first) lane += kPanel;
+      while (lane < end && w.lo[end - kPanel] >= first + count) end -= kPanel;
+      if (lane >= end) continue;
+      if (has_bias)
+        load_bias(p, mask, first_query + begin, first, rows - begin, count, w.bias);
+      call_tile_step<T>((end - lane) / kPanel, p, w, segment, value, lane, has_bias);
+    }
+  };
+  const auto strips = [&](int64_t from, int64_t to) {
+    for (int64_t k = from; k < to; k += kStrip) process(k, min_int(kStrip, to - k), true);
+  };
+  // Keys that some query sees are [lowest, highest); those that every query sees are [inner_lo, inner_hi).
+  const int64_t lowest = w.lo[0], highest = w.hi[rows - 1];
+  const int64_t inner_lo = w.lo[rows - 1], inner_hi = w.hi[0];
+  if (inner_lo < inner_hi) {
+    strips(lowest, inner_lo);
+    for (int64_t k = inner_lo; k < inner_hi; k += kBlockN) process(k, min_int(kBlockN, inner_hi - k), false);
+    strips(inner_hi, highest);
+  } else {
+    strips(lowest, highest);
+  }
+  finish(p, w, rows, out, p.lse + (b * p.Hq + h) * p.Lq + first_query);
+}
+
+template <class T>
+void forward(const AttentionParams& p, int threads) {
+  const int64_t blocks = (p.Lq + kBlockM - 1) / kBlockM;
+  parallel_for(p.B * p.Hq * blocks, threads, [&](int64_t task) {
+    const int64_t head = task / blocks, block = blocks - 1 - task % blocks;  // long causal rows first
+    forward_block<T>(p, head / p.Hq, head % p.Hq, block * kBlockM);
+  });
+}
+
+}  // namespace
+
+void attention_forward(const AttentionParams& p, int threads) {
+  // Waking a thread costs more than it brings below some 100 microseconds of work.
+  const double flops = 2.0 * static_cast<double>(p.B * p.Hq * p.Lq) * static_cast<double>(p.Lk * (p.D + p.Dv));
+  if (flops < 5e6) threads = 1;
+  switch (p.dtype) {
+    case DType::f32: return forward<float>(p, threads);
+    case DType::bf16: return forward<bf16>(p, threads);
+    case DType::f16: return forward<f16>(p, threads);
+    case DType::boolean: return;
+  }
+}
+
+}  // namespace pyattn::PYATTN_ISA

@@ -1,0 +1,39 @@
+// The instruction sets that the kernels are compiled for, and the choice among them at run time.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "../params.h"
+
+namespace pyattn {
+
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2;
+}
+
+// What every instruction set provides. `peak_gflops` measures the rate of multiply-adds of one thread, with
+// the bfloat16 dot product where `dtype` is bfloat16 and there is one.
+struct CpuKernels {
+  const char* isa;
+  void (*attention_forward)(const AttentionParams&, int threads);
+  double (*peak_gflops)(DType dtype);
+};
+
+#define PYATTN_DECLARE(ISA)                                   \
+  namespace ISA {                                             \
+  void attention_forward(const AttentionParams&, int threads); \
+  double peak_gflops(DType dtype);                            \
+  }
+PYATTN_DECLARE(avx512_bf16)
+PYATTN_DECLARE(avx512)
+PYATTN_DECLARE(avx2)
+PYATTN_DECLARE(portable)
+#undef PYATTN_DECLARE
+
+// Those compiled in that this processor can run, best first.
+const std::vector<CpuKernels>& available_kernels();
+
+// The kernels of `isa`; throws std::invalid_argument, naming those there are, where it is not available.
+const CpuKernels& kernels_for(const std::string& isa);
+
+}  // namespace pyattn

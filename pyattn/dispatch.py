@@ -1,0 +1,103 @@
+"""Who computes a problem: the first backend in order that lists no reason against it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem
+
+_MODULES = {"cpu": "pyattn.backends.cpu", "reference": "pyattn.reference"}
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+SLOW_PATH_PAIRS = 2**20  # query-key pairs above which reaching the reference is worth a warning
+
+
+class SlowPathWarning(UserWarning):
+    """No kernel could take a large problem: the O(Lq * Lk) reference computed it."""
+
+
+class Backend(Protocol):
+    """What a backend module provides."""
+
+    def unavailable(self) -> list[str]: ...
+    def why_not(self, problem: Problem) -> list[str]: ...
+    def describe(self, problem: Problem) -> str: ...
+    def forward(self, spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]: ...
+    def backward(
+        self,
+        spec: AttentionSpec,
+        t: AttentionTensors,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """The backend called ``name``, imported on first use."""
+    return importlib.import_module(_MODULES[name])  # type: ignore[return-value]
+
+
+def order(device_type: str) -> tuple[str, ...]:
+    """Backend names for a device type, most preferred first."""
+    return ORDER.get(device_type, ("reference",))
+
+
+def check_backend(name: str | None) -> str:
+    if name is None:
+        return "auto"
+    if name != "auto" and name not in _MODULES:
+        raise ValueError(f"backend must be None or one of {', '.join(_MODULES)}, got {name!r}")
+    return name
+
+
+@functools.lru_cache(maxsize=4096)
+def why_not(problem: Problem, name: str) -> tuple[str, ...]:
+    """Every reason why the backend ``name`` cannot compute ``problem``; empty if it can."""
+    device = problem.query.device.type
+    if name not in order(device):
+        return (f"does not run on {device} tensors",)
+    backend = load(name)
+    return tuple(backend.unavailable() or backend.why_not(problem))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem) -> str:
+    """The name of the backend that automatic dispatch takes."""
+    return next(name for name in order(problem.query.device.type) if not why_not(problem, name))
+
+
+@functools.lru_cache(maxsize=4096)
+def select(problem: Problem, name: str) -> Backend:
+    """The backend for ``problem``. One named by the caller never falls back: it raises with its reasons."""
+    if name == "auto":
+        name = choose(problem)
+        if name == "reference":
+            _warn_slow_path(problem)
+    elif reasons := why_not(problem, name):
+        raise NotImplementedError(f"backend {name!r} cannot compute this {problem.op}: {'; '.join(reasons)}")
+    return load(name)
+
+
+@functools.cache
+def _warn_once(op: Op, message: str) -> None:
+    warnings.warn(message, SlowPathWarning, stacklevel=2)
+
+
+def _warn_slow_path(problem: Problem) -> None:
+    others = [name for name in order(problem.query.device.type) if name != "reference"]
+    if problem.query_length * problem.key_length > SLOW_PATH_PAIRS:
+        reasons = "; ".join(f"{name}: {', '.join(why_not(problem, name))}" for name in others)
+        _warn_once(problem.op, f"attention {problem.op} runs on the slow reference ({reasons or 'no other backend'})")
+
+
+def table(problem: Problem) -> Sequence[tuple[str, tuple[str, ...]]]:
+    """``(name, reasons)`` of every backend for the problem's device, in order."""
+    return [(name, why_not(problem, name)) for name in order(problem.query.device.type)]

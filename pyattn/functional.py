@@ -1,0 +1,433 @@
+"""The public functions: check the call, build the spec, call the op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyattn import checks, dispatch, ops, reference
+from pyattn.explanation import Explanation
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem
+
+Window = tuple[int | None, int | None]
+
+
+def _spec(
+    tensors: AttentionTensors,
+    batch: int,
+    *,
+    causal: bool,
+    window: Window | None,
+    q_offset: int | Tensor | None,
+    softcap: float | None,
+    dropout_p: float,
+    scale: float | None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[AttentionSpec, AttentionTensors]:
+    """Checks what ``attention`` and ``attention_varlen`` share, and draws the dropout seed."""
+    if isinstance(q_offset, Tensor):
+        tensors, q_offset = tensors._replace(q_offset=q_offset), None
+    elif q_offset is not None:
+        q_offset = checks.check_int("q_offset", q_offset)
+    left, right = checks.check_window(causal, window)
+    if any(x is not None for x in tensors[3:]):
+        checks.check_family(tensors, batch)
+    softcap = 0.0 if softcap is None else checks.check_number("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap must be positive, or 0 or None for none, got {softcap}")
+    if scale is None:
+        head_dim = tensors.query.shape[-1]
+        scale = head_dim**-0.5 if head_dim else 1.0
+    else:
+        scale = checks.check_number("scale", scale)
+    if dropout_p != 0.0:
+        if not 0.0 <= checks.check_number("dropout_p", dropout_p) <= 1.0:
+            raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+        info = torch.iinfo(torch.int64)
+        device = tensors.query.device
+        tensors = tensors._replace(dropout_seed=torch.randint(info.min, info.max, (), dtype=torch.int64, device=device))
+    return AttentionSpec(scale, left, right, q_offset, softcap, dropout_p, max_seqlen_q, max_seqlen_k), tensors
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    q_offset: int | Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> tuple[AttentionSpec, AttentionTensors]:
+    """The checked spec and tensors of a dense call."""
+    checks.check_qkv(query, key, value, packed=False, paged=block_table is not None)
+    tensors = AttentionTensors(
+        query,
+        key,
+        value,
+        attn_mask,
+        alibi_slopes,
+        sinks,
+        kv_lengths=kv_lengths,
+        kv_starts=kv_starts,
+        block_table=block_table,
+    )
+    batch, num_heads, length = query.shape[:3]
+    result = _spec(
+        tensors,
+        batch,
+        causal=causal,
+        window=window,
+        q_offset=q_offset,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+    if attn_mask is not None:
+        key_length = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
+        checks.check_mask(attn_mask, query, (batch, num_heads, length, key_length))
+    return result
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    q_offset: int | Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Exact softmax attention that never materialises the score matrix.
+
+    Computes ``softmax(scale * query @ key^T + bias, masked) @ value`` in this order: scale, softcap, bias or ALiBi,
+    mask, softmax (with sinks), dropout, value. A row that may see no key gives 0, never NaN.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``, float32, bfloat16, float16 or float64, any strides (a last stride other than 1
+            costs a copy).
+        key: ``[B, Hkv, Lk, D]``; ``Hq`` is a multiple of ``Hkv`` and query head h reads key head
+            ``h // (Hq // Hkv)``. With ``block_table``: pages ``[num_pages, Hkv, page_size, D]``.
+        value: as ``key``, with its own head dim ``Dv``.
+        causal: row i sees keys up to its own position; ``window=(None, 0)``.
+        window: ``(left, right)``: row i sees keys ``[pos(i) - left, pos(i) + right]``; None is unlimited.
+        q_offset: ``pos(i) = i + q_offset``. None is ``kv_len - Lq``, sample by sample, so the last query meets the
+            last key (bottom-right); 0 is top-left; an int32 or int64 tensor ``[B]`` gives each sample its own.
+        attn_mask: bool (True: attend) or float (added; differentiable) of the query's dtype or float32,
+            broadcastable to ``[B, Hq, Lq, Lk]``; combines with ``causal`` and ``window``. -inf is masked.
+        alibi_slopes: float32 ``[Hq]`` or ``[B, Hq]``: adds ``-slope * |pos(i) - j|``; no gradient.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None or 0 for none.
+        sinks: ``[Hq]``, one more logit a head that takes weight and gives no value; differentiable.
+        kv_lengths: int32 or int64 ``[B]``, the keys in use; required with ``block_table``.
+        kv_starts: int32 or int64 ``[B]``, the first key in use (left padding).
+        block_table: int32 ``[B, max_pages]``, the pages of each sample in order.
+        dropout_p: probability of dropping a weight, drawn from torch's generator; the same entries on every backend.
+        scale: defaults to ``1 / sqrt(D)``.
+        return_lse: also return the log-sum-exp of the scores.
+        backend: None for the best that can, or the name of one, which then raises if it cannot.
+
+    Returns:
+        ``out`` ``[B, Hq, Lq, Dv]`` in the query's dtype and dimension order; with ``return_lse`` the pair
+        ``(out, lse)``, ``lse`` float32 (float64 for float64 input) ``[B, Hq, Lq]``, natural log, differentiable.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or value.
+        NotImplementedError: the named backend cannot compute this; a gradient through paged keys.
+
+    Example:
+        >>> import torch, pyattn
+        >>> q, k, v = torch.randn(2, 8, 100, 64), torch.randn(2, 2, 120, 64), torch.randn(2, 2, 120, 64)
+        >>> out, lse = pyattn.attention(q, k, v, causal=True, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
+    """
+    backend = dispatch.check_backend(backend)
+    spec, tensors = _dense(
+        query,
+        key,
+        value,
+        causal=causal,
+        window=window,
+        q_offset=q_offset,
+        attn_mask=attn_mask,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        kv_starts=kv_starts,
+        block_table=block_table,
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+    out, lse = ops.attention(spec, tensors, backend)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    q_offset: int | Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention over a packed batch of sequences of different lengths, none of which sees another.
+
+    Args:
+        query: ``[total_q, Hq, D]``: the sequences one after the other.
+        key: ``[total_k, Hkv, D]``; with ``block_table`` pages ``[num_pages, Hkv, page_size, D]``.
+        value: as ``key``, with its own head dim ``Dv``.
+        cu_seqlens_q: int32 ``[B + 1]``, where each sequence begins; from 0 to ``total_q``.
+        cu_seqlens_k: the same for the keys; None with ``block_table``.
+        max_seqlen_q: at least the longest sequence; None to leave it to the backend.
+        max_seqlen_k: the same for the keys.
+        kv_lengths: int32 or int64 ``[B]``, the keys in use of each sequence.
+        kv_starts: int32 or int64 ``[B]``, the first key in use, counted within each sequence.
+        q_offset: as in ``attention``, within each sequence.
+
+    The other arguments, and the errors, are those of ``attention``. Dropout counts sequences, rows and keys from 0.
+
+    Returns:
+        ``out`` ``[total_q, Hq, Dv]``; with ``return_lse`` also ``lse`` ``[Hq, total_q]``.
+
+    Example:
+        >>> import torch, pyattn
+        >>> lengths = torch.tensor([0, 3, 10], dtype=torch.int32)
+        >>> q = k = v = torch.randn(10, 4, 32)
+        >>> pyattn.attention_varlen(q, k, v, lengths, lengths, causal=True).shape
+        torch.Size([10, 4, 32])
+    """
+    backend = dispatch.check_backend(backend)
+    paged = block_table is not None
+    checks.check_qkv(query, key, value, packed=True, paged=paged)
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query, None)
+    batch = cu_seqlens_q.shape[0] - 1
+    if paged:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k must be None with block_table: kv_lengths gives the keys in use")
+    else:
+        checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query, batch)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None and checks.check_int(name, longest) < 0:
+            raise ValueError(f"{name} must be at least 0, got {longest}")
+    tensors = AttentionTensors(
+        query,
+        key,
+        value,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        kv_starts=kv_starts,
+        block_table=block_table,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    spec, tensors = _spec(
+        tensors,
+        batch,
+        causal=causal,
+        window=window,
+        q_offset=q_offset,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        scale=scale,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    out, lse = ops.attention(spec, tensors, backend)
+    return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention``, to be put in its place.
+
+    Accepts what torch's function accepts: two or more dimensions, leading dimensions that broadcast, ``is_causal``
+    aligned top-left, ``attn_mask`` bool (True: attend) or float of at least two dimensions. It refuses what torch's
+    refuses, and two things more on which torch computes nonsense: key and value of different lengths, and a scale
+    that is not finite.
+
+    Args:
+        query: ``[..., Hq, Lq, D]``.
+        key: ``[..., H, Lk, D]``.
+        value: ``[..., H, Lk, Dv]``.
+        attn_mask: broadcastable to ``[..., Hq, Lq, Lk]``.
+        dropout_p: applied whenever it is above 0, as in torch, in evaluation too.
+        is_causal: row i sees keys 0 to i, also where ``Lq != Lk``.
+        scale: defaults to ``1 / sqrt(D)``.
+        enable_gqa: key and value may have fewer heads than query, a divisor of its number.
+
+    Returns:
+        ``[..., Hq, Lq, Dv]`` in the query's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> import torch, pyattn
+        >>> q = torch.randn(2, 8, 64, 32)
+        >>> ours = pyattn.scaled_dot_product_attention(q, q, q, is_causal=True)
+        >>> torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+    """
+    checks.check_bool("is_causal", is_causal)
+    checks.check_bool("enable_gqa", enable_gqa)
+    if isinstance(scale, Tensor):
+        scale = scale.item()
+    q_offset = 0 if is_causal else None
+    plain = isinstance(query, Tensor) and query.dim() == 4 and isinstance(key, Tensor) and isinstance(value, Tensor)
+    if plain and query.shape[:2] == key.shape[:2] == value.shape[:2] and (attn_mask is None or attn_mask.dim() > 1):
+        return attention(
+            query,
+            key,
+            value,
+            causal=is_causal,
+            q_offset=q_offset,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            scale=scale,
+        )
+    lead, (query, key, value, attn_mask) = _to_four_dimensions(query, key, value, attn_mask, enable_gqa)
+    out = attention(
+        query, key, value, causal=is_causal, q_offset=q_offset, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
+    )
+    return out.reshape(*lead, *out.shape[-2:])
+
+
+def _to_four_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Broadcasts leading dimensions as torch does and folds them into ``[B, H]``; also returns the output's."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        checks.check_tensor(name, x, checks.FLOAT_DTYPES)
+        if x.dim() < 2:
+            raise ValueError(f"{name} must have at least two dimensions [..., L, D], got {list(x.shape)}")
+    if enable_gqa:
+        if min(query.dim(), key.dim(), value.dim()) < 3:
+            raise ValueError("enable_gqa must come with at least three dimensions [..., H, L, D]")
+        for x in (key, value):
+            checks.check_heads(query.shape[-3], x.shape[-3])
+        if key.shape[-3] != value.shape[-3]:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
+    drop = 3 if enable_gqa else 2  # dimensions that do not broadcast between query and key
+    try:
+        lead = torch.broadcast_shapes(*(x.shape[:-drop] for x in (query, key, value)))
+    except RuntimeError:
+        shapes = ", ".join(str(list(x.shape)) for x in (query, key, value))
+        raise ValueError(f"query, key and value must have leading sizes that broadcast, got {shapes}") from None
+
+    def fold(x: Tensor) -> Tensor:
+        x = x.expand(*lead, *x.shape[-drop:])
+        x = x[None] if x.dim() == 3 else x[None, None] if x.dim() == 2 else x
+        return x.flatten(0, -4)
+
+    query, key, value = fold(query), fold(key), fold(value)
+    lead = torch.Size((*lead, query.shape[1])) if enable_gqa else lead
+    if attn_mask is not None:
+        checks.check_tensor("attn_mask", attn_mask, (torch.bool, *checks.FLOAT_DTYPES))
+        if attn_mask.dim() < 2:
+            raise ValueError(f"attn_mask must have at least two dimensions [..., Lq, Lk], got {list(attn_mask.shape)}")
+        sizes = (*lead, query.shape[2], key.shape[2])
+        surplus = len(sizes) - attn_mask.dim()
+        aligned = (1,) * max(surplus, 0) + tuple(attn_mask.shape)
+        if surplus < 0 or any(m not in (1, n) for m, n in zip(aligned, sizes, strict=True)):
+            raise ValueError(f"attn_mask must be broadcastable to {list(sizes)}, got {list(attn_mask.shape)}")
+        if len(lead) > 2:
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:]).flatten(0, -4)
+    return lead, (query, key, value, attn_mask)
+
+
+def naive_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool = False, backend: None = None, **arguments: Any
+) -> Any:
+    """Matmul, mask, softmax, matmul in the inputs' dtype: what everybody writes first, to compare against.
+
+    Takes the arguments of ``attention`` (``backend`` must be None) and uses O(Lq * Lk) memory. Rounding happens
+    wherever the dtype says, and a row without keys gives NaN: this is the textbook, not the reference.
+
+    Example:
+        >>> import torch, pyattn
+        >>> q = torch.randn(1, 2, 5, 8)
+        >>> torch.testing.assert_close(pyattn.naive_attention(q, q, q, causal=True), pyattn.attention(q, q, q, causal=True))
+    """
+    if backend is not None:
+        raise ValueError(f"backend must be None for naive_attention, got {backend!r}")
+    spec, tensors = _dense(query, key, value, **arguments)
+    checks.check_values(tensors, None, None)
+    out, lse = reference.naive_attention(spec, tensors, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_lse: bool = False,
+    backend: str | None = None,
+    **arguments: Any,
+) -> Explanation:
+    """Which backend computes this call, and every reason why the others do not. Nothing is computed.
+
+    Takes the arguments of ``attention``. Print the result; its ``chosen`` names the backend of each op, ``rows``
+    holds the table, ``flops`` and ``bytes`` the work of the forward.
+
+    Example:
+        >>> import torch, pyattn
+        >>> q = torch.randn(1, 2, 5, 8, dtype=torch.float64)
+        >>> pyattn.explain(q, q, q).chosen["forward"]
+        'reference'
+    """
+    name = dispatch.check_backend(backend)
+    spec, tensors = _dense(query, key, value, **arguments)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    problems = [Problem.of("forward", spec, tensors)]
+    if needs_grad:
+        problems.append(Problem.of("backward", spec, tensors))
+    return Explanation(problems, name)

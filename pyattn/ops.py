@@ -1,0 +1,167 @@
+"""The ops of ``torch.ops.pyattn``: schemas, kernels, fakes, autograd, autocast.
+
+An op chooses its backend inside, when it runs, so an exported graph holds no machine's choice. The kernels are
+registered with ``Library.define`` and ``impl``: ``torch.library.custom_op`` costs several times as much a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyattn import dispatch
+from pyattn.checks import check_values
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_dtype, lse_shape
+
+_TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(
+    f"Tensor? {name}" for name in AttentionTensors._fields[3:]
+).replace("Tensor? q_offset", "Tensor? q_offsets")
+_SPEC = (
+    "float scale, SymInt? window_left, SymInt? window_right, SymInt? q_offset, float softcap, float dropout_p, "
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_k"
+)
+_NUM_TENSORS = len(AttentionTensors._fields)
+_NUM_ARGS = _NUM_TENSORS + len(AttentionSpec._fields)
+
+_library = torch.library.Library("pyattn", "DEF")
+_library.define(f"attention_forward({_TENSORS}, {_SPEC}, str backend) -> (Tensor, Tensor)")
+_library.define(
+    f"attention_backward({_TENSORS}, {_SPEC}, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_forward_op = torch.ops.pyattn.attention_forward.default
+_backward_op = torch.ops.pyattn.attention_backward.default
+
+
+def _unpack(args: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionTensors]:
+    """Tensors and spec of an op's arguments, with last strides of 1: kernels take any other stride."""
+    tensors = AttentionTensors._make(args[:_NUM_TENSORS])
+    for name in ("query", "key", "value"):
+        x = getattr(tensors, name)
+        if x.stride(-1) != 1:
+            tensors = tensors._replace(**{name: x.contiguous()})
+    return AttentionSpec._make(args[_NUM_TENSORS:_NUM_ARGS]), tensors
+
+
+# ---- forward ------------------------------------------------------------------------------------------------
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    spec, tensors = _unpack(args)
+    check_values(tensors, spec.max_seqlen_q, spec.max_seqlen_k)
+    backend = dispatch.select(Problem.of("forward", spec, tensors), args[-1])
+    return backend.forward(spec, tensors)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    _, t = _unpack(args)
+    return (
+        empty_output(t.query, t.value.shape[-1]),
+        t.query.new_empty(lse_shape(t.query), dtype=lse_dtype(t.query.dtype)),
+    )
+
+
+# ---- backward -----------------------------------------------------------------------------------------------
+
+
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    spec, tensors = _unpack(args)
+    out, lse, grad_out, grad_lse = args[_NUM_ARGS:-1]
+    backend = dispatch.select(Problem.of("backward", spec, tensors), args[-1])
+    dq, dk, dv, dmask, dsinks = backend.backward(spec, tensors, out, lse, grad_out, grad_lse)
+    # An op cannot return an optional tensor: an empty one stands for "no gradient".
+    nothing = [tensors.query.new_empty(0) for _ in range(2)]
+    return dq, dk, dv, nothing[0] if dmask is None else dmask, nothing[1] if dsinks is None else dsinks
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, t = _unpack(args)
+    float_mask = t.attn_mask is not None and t.attn_mask.is_floating_point()
+    dq, dk, dv = (torch.empty_like(x) for x in (t.query, t.key, t.value))
+    dmask = t.attn_mask.new_empty(t.attn_mask.shape) if float_mask else t.query.new_empty(0)  # type: ignore[union-attr]
+    dsinks = t.query.new_empty(0) if t.sinks is None else torch.empty_like(t.sinks)
+    return dq, dk, dv, dmask, dsinks
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = _forward_op(*args)
+        ctx.save_for_backward(*args[:_NUM_TENSORS], out, lse)
+        ctx.numbers = args[_NUM_TENSORS:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        *spec, backend = ctx.numbers
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        dq, dk, dv, dmask, dsinks = _backward_op(*tensors, *spec, out, lse, grad_out, grad_lse, backend)
+        grads: list[Tensor | None] = [None] * (_NUM_ARGS + 1)
+        for i, grad in ((0, dq), (1, dk), (2, dv), (3, dmask), (5, dsinks)):
+            if ctx.needs_input_grad[i]:
+                grads[i] = grad
+        return tuple(grads)
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    # A forward-mode level sends the call through the Function too, which raises for tangents instead of losing them.
+    if torch.autograd.forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(args)):
+        return _Attention.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(*args)
+
+
+def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and _any_requires_grad(args):
+        raise NotImplementedError("pyattn::attention_backward has no derivative: second derivatives are not supported")
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward_op(*args)
+
+
+# ---- autocast -----------------------------------------------------------------------------------------------
+
+
+def _forward_autocast(device_type: str) -> Any:
+    key = torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    keys = torch._C.DispatchKeySet(key)
+
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        """Query, key and value in the autocast dtype; masks, slopes and sinks keep theirs."""
+        dtype = torch.get_autocast_dtype(device_type)
+        qkv = [x if x.dtype == torch.float64 else x.to(dtype) for x in args[:3]]
+        mask = args[3]
+        if mask is not None and mask.dtype not in (torch.bool, torch.float32, qkv[0].dtype):
+            mask = mask.to(qkv[0].dtype)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return _forward_op(*qkv, mask, *args[4:])
+
+    return forward
+
+
+_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_forward", _forward_autograd, "Autograd")
+_library.impl("attention_backward", _backward_autograd, "Autograd")
+_library.impl("attention_forward", _forward_autocast("cpu"), "AutocastCPU")
+_library.impl("attention_forward", _forward_autocast("cuda"), "AutocastCUDA")
+torch.library.register_fake("pyattn::attention_forward", _forward_fake, lib=_library)
+torch.library.register_fake("pyattn::attention_backward", _backward_fake, lib=_library)
+
+
+def attention(spec: AttentionSpec, tensors: AttentionTensors, backend: str) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of ``torch.ops.pyattn.attention_forward``, differentiable."""
+    return _forward_op(*tensors, *spec, backend)
