@@ -1,4 +1,4 @@
-// Attention forward on a CPU: tiled online softmax, one block of 64 queries of one head a task.
+// Attention forward on a CPU: tiled online softmax over blocks of 64 queries of one head.
 //
 // Lanes are queries. A block computes S^T = K Q^T and O^T += V^T P^T, so keys and values are read where they lie, one
 // scalar broadcast at a time, and maximum, sum and rescale of the softmax are vertical operations without a
@@ -10,7 +10,8 @@
 //           every key, strips of 16 along the edges of the structured mask, where dead panels are left out
 //
 // Float16, and bfloat16 where there is no bfloat16 dot product, are converted to float a segment at a time. With the
-// dot product, K and Q are read as pairs along d, and V is interleaved into pairs of keys.
+// dot product, K and Q are read as pairs along d, and V is interleaved into pairs of keys, once for all the blocks of
+// a head that a thread takes; segments begin at even keys.
 // Scores live in units of log2: exp(x) = 2^(x log2 e).
 #include <cmath>
 #include <limits>
@@ -40,33 +41,45 @@ constexpr float kMinBias = -2.3e38f;  // finite biases are clamped here: times l
 template <class T>
 constexpr bool kDot = kHasBf16Dot && std::is_same_v<T, bf16>;
 
+PYATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Words of a transposed query: floats, or pairs of bfloat16. Whole vectors of them, so that transposes need no end.
+template <class T>
+PYATTN_INLINE int64_t query_words(int64_t D) {
+  return round_up(kDot<T> ? (D + 1) / 2 : D, kLanes);
+}
+
 PYATTN_INLINE int min_int(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
 // What one thread works in.
 struct Workspace {
-  float* q;        // [tile][D or pairs of D][kTileLanes]: the queries, transposed
+  float* q;        // [tile][query_words][kTileLanes]: the queries, transposed
   float* s;        // [kBlockN + 1][kTileLanes]: scores, then weights, of one tile
-  float* o;        // [tile][Dv][kTileLanes]: the output, transposed
+  float* o;        // [tile][Dv rounded up][kTileLanes]: the output, transposed
   float* bias;     // [kBlockN][kTileLanes]: attn_mask of one tile, transposed
   float* k;        // [kBlockN][D]: keys converted to float
   float* v;        // [kBlockN][Dv]: values converted to float, or interleaved in pairs
+  float* v_pairs;  // [Lk / 2][Dv]: with the dot product, all values of the head interleaved in pairs
   void* v_finite;  // [kBlockN][Dv]: values of which rows with NaN or inf are set to 0
   float* row_max;  // [kBlockM], in log2 units
   float* row_sum;  // [kBlockM]
+  float* alpha;    // [kBlockM]: what earlier weights must be multiplied by, in registers it would crowd a tile
   int32_t* lo;     // [kBlockM]: the key range of each query
   int32_t* hi;     // [kBlockM]
 
   size_t carve(void* base, const AttentionParams& p) {
     Carver carver(base);
-    q = carver.take<float>(p.D * kBlockM);
+    q = carver.take<float>(round_up(p.D, kLanes) * kBlockM);
     s = carver.take<float>((kBlockN + 1) * kTileLanes);
-    o = carver.take<float>(p.Dv * kBlockM);
+    o = carver.take<float>(round_up(p.Dv, kLanes) * kBlockM);
     bias = carver.take<float>(p.mask ? kBlockN * kTileLanes : 0);
     k = carver.take<float>(p.dtype == DType::f32 ? 0 : kBlockN * p.D);
     v = carver.take<float>(p.dtype == DType::f32 ? 0 : kBlockN * p.Dv);
+    v_pairs = carver.take<float>(kHasBf16Dot && p.dtype == DType::bf16 ? (p.Lk + 1) / 2 * p.Dv : 0);
     v_finite = carver.take<float>(kBlockN * p.Dv);
     row_max = carver.take<float>(kBlockM);
     row_sum = carver.take<float>(kBlockM);
+    alpha = carver.take<float>(kBlockM);
     lo = carver.take<int32_t>(kBlockM);
     hi = carver.take<int32_t>(kBlockM);
     return carver.used();
@@ -103,39 +116,39 @@ PYATTN_INLINE vf broadcast_word(const char* p) {
   return broadcast(word);
 }
 
-// kLanes words of one row from word `first` on: floats, or pairs of bfloat16 along the row. Past the end they are 0.
+// kLanes words: floats, or pairs of bfloat16 along the row.
 template <class T>
-PYATTN_INLINE vf load_words(const T* row, int first, int size) {
-  constexpr int kPerWord = kDot<T> ? 2 : 1;
-  if ((first + kLanes) * kPerWord <= size) {
-    if constexpr (kDot<T>)
-      return load_unaligned(reinterpret_cast<const float*>(row) + first);
-    else
-      return load_floats(row + first);
-  }
-  alignas(64) T padded[kLanes * kPerWord] = {};
-  for (int i = first * kPerWord; i < size; ++i) padded[i - first * kPerWord] = row[i];
+PYATTN_INLINE vf load_words(const T* row) {
   if constexpr (kDot<T>)
-    return load_unaligned(reinterpret_cast<const float*>(padded));
+    return load_unaligned(reinterpret_cast<const float*>(row));
   else
-    return load_floats(padded);
+    return load_floats(row);
 }
 
-// The queries of a block, transposed to [tile][word][lane]; lanes past `rows` are 0.
+// The queries of a block, transposed to [tile][word][lane]; lanes past `rows` and words past the end are 0.
 template <class T>
 void pack_queries(const T* query, int64_t stride, int rows, int size, float* out) {
-  const int words = kDot<T> ? (size + 1) / 2 : size;
-  for (int lane = 0; lane < kBlockM; lane += kLanes) {
-    if (lane / kPanel * kPanel >= rows) break;  // a dead panel is never read
-    float* column = out + lane / kTileLanes * static_cast<int64_t>(words) * kTileLanes + lane % kTileLanes;
-    for (int w = 0; w < words; w += kLanes) {
+  constexpr int kColumns = kLanes * (kDot<T> ? 2 : 1);  // of a square block of words
+  const int64_t words = query_words<T>(size);
+  for (int lane = 0; lane < rows; lane += kLanes) {
+    float* column = out + lane / kTileLanes * words * kTileLanes + lane % kTileLanes;
+    for (int first = 0; first < size; first += kColumns, column += kLanes * kTileLanes) {
+      const T* in = query + lane * stride + first;
+      int64_t in_stride = stride;
+      alignas(64) T padded[kLanes * kColumns];
+      if (lane + kLanes > rows || first + kColumns > size) {
+        std::memset(padded, 0, sizeof padded);
+        for (int i = 0; i < kLanes && lane + i < rows; ++i)
+          for (int c = 0; c < kColumns && first + c < size; ++c) padded[i * kColumns + c] = in[i * stride + c];
+        in = padded;
+        in_stride = kColumns;
+      }
       vf block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        block[i] = lane + i < rows ? load_words(query + (lane + i) * stride, w, size) : vf{};
+      for (int i = 0; i < kLanes; ++i) block[i] = load_words(in + i * in_stride);
       transpose(block);
-      const int count = min_int(kLanes, words - w);
-      for (int i = 0; i < count; ++i) store(column + static_cast<int64_t>(w + i) * kTileLanes, block[i]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(column + i * kTileLanes, block[i]);
     }
   }
 }
@@ -150,12 +163,12 @@ void convert_rows(const T* in, int64_t stride, int rows, int size, float* out) {
 }
 
 // Two rows of values become one row of pairs; an odd last row is paired with zeros.
-[[maybe_unused]] void interleave_rows(const bf16* in, int64_t stride, int rows, int size, float* out) {
-  for (int r = 0; r < rows; r += 2, out += size) {
+[[maybe_unused]] void interleave_rows(const bf16* in, int64_t stride, int64_t rows, int64_t size, float* out) {
+  for (int64_t r = 0; r < rows; r += 2, out += size) {
     const bf16 *a = in + r * stride, *b = a + stride;
     const bool pair = r + 1 < rows;
     uint32_t* words = reinterpret_cast<uint32_t*>(out);
-    int e = 0;
+    int64_t e = 0;
 #ifdef PYATTN_AVX512
     for (; e + kLanes <= size; e += kLanes) {
       const auto widen = [&](const bf16* p) {
@@ -212,6 +225,9 @@ void stage(const AttentionParams& p, const T* key, const T* value, bool masked, 
   if constexpr (std::is_same_v<T, float>) {
     segment.v = value;
     segment.v_row = v_stride;
+  } else if (kDot<T> && segment.not_finite_count == 0) {
+    segment.v = w.v_pairs + segment.first / 2 * Dv;
+    segment.v_row = Dv;
   } else {
     if constexpr (kDot<T>)
       interleave_rows(value, v_stride, segment.count, Dv, w.v);
@@ -299,8 +315,8 @@ PYATTN_INLINE void score_tile(const char* k, int64_t row_bytes, int size, const 
 
 // o[i][lane] = o[i][lane] * alpha[lane] + sum over key rows of v[row][i] * p[row][lane]
 template <bool kIsDot, int kRows, int kVecs>
-PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const float* p, float* o,
-                               const vf (&alpha)[kVecs]) {
+PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const float* p, const float* alpha,
+                               float* o) {
   vf c[kRows][kVecs] = {};
 #pragma GCC unroll 2
   for (int r = 0; r < rows; ++r) {
@@ -319,7 +335,7 @@ PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const fl
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
       float* out = o + i * kTileLanes + j * kLanes;
-      store(out, load(out) * alpha[j] + c[i][j]);
+      store(out, load(out) * load(alpha + j * kLanes) + c[i][j]);
     }
   }
 }
@@ -345,21 +361,22 @@ void load_bias(const M* mask, int64_t stride_q, int64_t stride_k, int queries, i
   }
   for (int lane = 0; lane < kTileLanes && lane < queries; lane += kLanes) {
     for (int r = 0; r < keys; r += kLanes) {
-      const int count = min_int(kLanes, keys - r);
-      vf block[kLanes] = {};
-      for (int i = 0; i < kLanes && lane + i < queries; ++i) {
+      alignas(64) float values[kLanes][kLanes];
+      for (int i = 0; i < kLanes; ++i) {
         const M* row = mask + (lane + i) * stride_q + r * stride_k;
-        alignas(64) float values[kLanes] = {};
+        const int count = lane + i < queries ? min_int(kLanes, keys - r) : 0;
         if (stride_k == 1 && count == kLanes) {
-#pragma GCC unroll 16
-          for (int j = 0; j < kLanes; ++j) values[j] = bias_of(row[j]);
+          for (int j = 0; j < kLanes; ++j) values[i][j] = bias_of(row[j]);
         } else {
-          for (int j = 0; j < count; ++j) values[j] = bias_of(row[j * stride_k]);
+          for (int j = 0; j < kLanes; ++j) values[i][j] = j < count ? bias_of(row[j * stride_k]) : 0;
         }
-        block[i] = load(values);
       }
+      vf block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(values[i]);
       transpose(block);
-      for (int j = 0; j < count; ++j) store(bias + (r + j) * kTileLanes + lane, block[j]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(bias + (r + i) * kTileLanes + lane, block[i]);
     }
   }
 }
@@ -406,10 +423,10 @@ PYATTN_INLINE void mask_scores(float* s, const float* bias, const int32_t* lo, c
 // ---- one tile against one segment --------------------------------------------------------------------------------
 
 // Scores to weights 2^(score - maximum), in place: floats, or with the dot product pairs of bfloat16, of which
-// row r holds keys 2r and 2r + 1. Updates maximum and sum; alpha is what earlier weights must be multiplied by.
+// row r holds keys 2r and 2r + 1. Updates maximum and sum.
 template <bool kIsDot, int kVecs>
 PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], float* row_max, float* row_sum,
-                                vf (&alpha)[kVecs]) {
+                                float* alpha) {
   const vf minus_inf = broadcast(-kInf);
   vf shift[kVecs], sum[kVecs] = {};
 #pragma GCC unroll 4
@@ -417,7 +434,7 @@ PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], 
     const vf before = load(row_max + j * kLanes), now = max(before, largest[j]);
     store(row_max + j * kLanes, now);
     shift[j] = now == minus_inf ? vf{} : now;
-    alpha[j] = exp2(before - shift[j]);
+    store(alpha + j * kLanes, exp2(before - shift[j]));
   }
   if constexpr (kIsDot) {
 #ifdef PYATTN_ISA_AVX512_BF16
@@ -447,7 +464,7 @@ PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], 
     }
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) store(row_sum + j * kLanes, load(row_sum + j * kLanes) * alpha[j] + sum[j]);
+  for (int j = 0; j < kVecs; ++j) store(row_sum + j * kLanes, load(row_sum + j * kLanes) * load(alpha + j * kLanes) + sum[j]);
 }
 
 // Adds the values that `hide_not_finite` took out, for the queries that do see them.
@@ -472,15 +489,15 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
                                          const T* value, int lane, bool has_bias) {
   constexpr int kVecs = kPanels * kPanelVecs;
   const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
-  const int words = kDot<T> ? (D + 1) / 2 : D, in_tile = lane % kTileLanes;
+  const int in_tile = lane % kTileLanes;
   const int64_t tile = lane / kTileLanes;
-  const float* q = w.q + tile * words * kTileLanes + in_tile;
-  float* o = w.o + tile * Dv * kTileLanes + in_tile;
+  const float* q = w.q + tile * query_words<T>(D) * kTileLanes + in_tile;
+  float* o = w.o + tile * round_up(Dv, kLanes) * kTileLanes + in_tile;
   float* s = w.s + in_tile;
   const bool masked = segment.edge || has_bias;
   const float scale = p.scale * kLog2e;
 
-  vf largest[kVecs], alpha[kVecs];
+  vf largest[kVecs];
 #pragma GCC unroll 4
   for (int j = 0; j < kVecs; ++j) largest[j] = broadcast(-kInf);
   for_row_tiles(segment.count, [&](int i, auto rows) {
@@ -497,10 +514,10 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
         live[n] |= uint64_t{s[segment.not_finite[n] * kTileLanes + i] != -kInf} << i;
     }
   }
-  softmax_step<kDot<T>, kVecs>(s, segment.count, largest, w.row_max + lane, w.row_sum + lane, alpha);
+  softmax_step<kDot<T>, kVecs>(s, segment.count, largest, w.row_max + lane, w.row_sum + lane, w.alpha + lane);
   const int rows_of_v = kDot<T> ? (segment.count + 1) / 2 : segment.count;
   for_row_tiles(Dv, [&](int e, auto rows) {
-    output_tile<kDot<T>, rows(), kVecs>(segment.v + e, segment.v_row, rows_of_v, s, o + e * kTileLanes, alpha);
+    output_tile<kDot<T>, rows(), kVecs>(segment.v + e, segment.v_row, rows_of_v, s, w.alpha + lane, o + e * kTileLanes);
   });
   if (segment.not_finite_count > 0)
     add_not_finite(segment, value, p.value_stride.l, Dv, s, live, kPanels * kPanel, o);
@@ -524,46 +541,58 @@ void finish(const AttentionParams& p, const Workspace& w, int rows, T* out, floa
   for (int i = 0; i < rows; ++i)
     lse[i] = static_cast<float>((static_cast<double>(w.row_max[i]) + std::log2(w.row_sum[i])) * kLn2);
   for (int lane = 0; lane < rows; lane += kLanes) {
-    const float* column = w.o + lane / kTileLanes * static_cast<int64_t>(Dv) * kTileLanes + lane % kTileLanes;
+    const float* column = w.o + lane / kTileLanes * round_up(Dv, kLanes) * kTileLanes + lane % kTileLanes;
     const vf sum = load(w.row_sum + lane), inverse = sum == vf{} ? vf{} : broadcast(1.f) / sum;
-    for (int e = 0; e < Dv; e += kLanes) {
-      const int count = min_int(kLanes, Dv - e);
+    for (int e = 0; e < Dv; e += kLanes, column += kLanes * kTileLanes) {
       vf block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = i < count ? load(column + (e + i) * kTileLanes) * inverse : vf{};
+      for (int i = 0; i < kLanes; ++i) block[i] = load(column + i * kTileLanes) * inverse;
       transpose(block);
-      for (int i = 0; i < kLanes && lane + i < rows; ++i) {
-        T* row = out + (lane + i) * p.out_stride.l + e;
-        if (count == kLanes) {
-          store_floats(row, block[i]);
-        } else {
-          alignas(64) T padded[kLanes];
-          store_floats(padded, block[i]);
-          for (int c = 0; c < count; ++c) row[c] = padded[c];
-        }
-      }
+      T* corner = out + lane * p.out_stride.l + e;
+      const bool whole = lane + kLanes <= rows && e + kLanes <= Dv;
+      alignas(64) T padded[kLanes * kLanes];
+      T* to = whole ? corner : padded;
+      const int64_t to_stride = whole ? p.out_stride.l : kLanes;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store_floats(to + i * to_stride, block[i]);
+      if (whole) continue;
+      for (int i = 0; i < kLanes && lane + i < rows; ++i)
+        for (int c = 0; c < kLanes && e + c < Dv; ++c) corner[i * p.out_stride.l + c] = padded[i * kLanes + c];
     }
   }
 }
 
+// The operands of one key head, and of the query heads that share it.
 template <class T>
-void forward_block(const AttentionParams& p, int64_t b, int64_t h, int64_t first_query) {
-  const int rows = min_int(kBlockM, p.Lq - first_query);
-  const int64_t kv_head = h / (p.Hq / p.Hkv);
-  const T* query = static_cast<const T*>(p.query) + b * p.query_stride.b + h * p.query_stride.h;
-  const T* key = static_cast<const T*>(p.key) + b * p.key_stride.b + kv_head * p.key_stride.h;
-  const T* value = static_cast<const T*>(p.value) + b * p.value_stride.b + kv_head * p.value_stride.h;
-  T* out = static_cast<T*>(p.out) + b * p.out_stride.b + h * p.out_stride.h + first_query * p.out_stride.l;
-  const char* mask = static_cast<const char*>(p.mask);
-  if (mask) mask += (b * p.mask_stride_b + h * p.mask_stride_h) * size_of(p.mask_dtype);
+struct Head {
+  const T *query, *key, *value;  // of the first query head
+  const char* mask;
+  T* out;
+  float* lse;
 
-  Workspace w;
-  w.carve(thread_scratch(w.carve(nullptr, p)), p);
-  pack_queries(query + first_query * p.query_stride.l, p.query_stride.l, rows, static_cast<int>(p.D), w.q);
-  const int live_lanes = (rows + kPanel - 1) / kPanel * kPanel;
-  const int used_tiles = (live_lanes + kTileLanes - 1) / kTileLanes;
-  std::memset(w.o, 0, sizeof(float) * static_cast<size_t>(used_tiles * kTileLanes) * static_cast<size_t>(p.Dv));
-  const KeyRanges ranges(p, b);
+  Head(const AttentionParams& p, int64_t b, int64_t kv_head) {
+    const int64_t h = kv_head * (p.Hq / p.Hkv);
+    query = static_cast<const T*>(p.query) + b * p.query_stride.b + h * p.query_stride.h;
+    key = static_cast<const T*>(p.key) + b * p.key_stride.b + kv_head * p.key_stride.h;
+    value = static_cast<const T*>(p.value) + b * p.value_stride.b + kv_head * p.value_stride.h;
+    out = static_cast<T*>(p.out) + b * p.out_stride.b + h * p.out_stride.h;
+    lse = p.lse + (b * p.Hq + h) * p.Lq;
+    mask = static_cast<const char*>(p.mask);
+    if (mask) mask += (b * p.mask_stride_b + h * p.mask_stride_h) * size_of(p.mask_dtype);
+  }
+};
+
+template <class T>
+void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges& ranges, const Head<T>& head,
+                   int64_t group_head, int64_t first_query) {
+  const int rows = min_int(kBlockM, p.Lq - first_query);
+  const int live_lanes = static_cast<int>(round_up(rows, kPanel));
+  const T* query = head.query + group_head * p.query_stride.h + first_query * p.query_stride.l;
+  const char* mask = head.mask ? head.mask + group_head * p.mask_stride_h * size_of(p.mask_dtype) : nullptr;
+  const bool has_bias = mask != nullptr;
+
+  pack_queries(query, p.query_stride.l, rows, static_cast<int>(p.D), w.q);
+  std::memset(w.o, 0, sizeof(float) * static_cast<size_t>(round_up(live_lanes, kTileLanes) * round_up(p.Dv, kLanes)));
   for (int i = 0; i < kBlockM; ++i) {
     const KeyRange range = i < rows ? ranges.row(first_query + i) : KeyRange{0, 0};
     w.lo[i] = min_int(range.lo, p.Lk);
@@ -572,13 +601,12 @@ void forward_block(const AttentionParams& p, int64_t b, int64_t h, int64_t first
     w.row_sum[i] = 0;
   }
 
-  const bool has_bias = mask != nullptr;
   Segment segment;
   const auto process = [&](int64_t first, int count, bool edge) {
     segment.first = first;
     segment.count = count;
     segment.edge = edge;
-    stage(p, key, value, edge || has_bias, w, segment);
+    stage(p, head.key, head.value, edge || has_bias, w, segment);
     for (int begin = 0; begin < live_lanes; begin += kTileLanes) {
       // Both ends of the ranges rise with the query, so the panels that see a segment follow one another.
       int lane = begin, end = min_int(begin + kTileLanes, live_lanes);
@@ -586,17 +614,16 @@ void forward_block(const AttentionParams& p, int64_t b, int64_t h, int64_t first
       while (lane < end && w.hi[last_row(lane)] <= first) lane += kPanel;
       while (lane < end && w.lo[end - kPanel] >= first + count) end -= kPanel;
       if (lane >= end) continue;
-      if (has_bias)
-        load_bias(p, mask, first_query + begin, first, rows - begin, count, w.bias);
-      call_tile_step<T>((end - lane) / kPanel, p, w, segment, value, lane, has_bias);
+      if (has_bias) load_bias(p, mask, first_query + begin, first, rows - begin, count, w.bias);
+      call_tile_step<T>((end - lane) / kPanel, p, w, segment, head.value, lane, has_bias);
     }
   };
   const auto strips = [&](int64_t from, int64_t to) {
     for (int64_t k = from; k < to; k += kStrip) process(k, min_int(kStrip, to - k), true);
   };
   // Keys that some query sees are [lowest, highest); those that every query sees are [inner_lo, inner_hi).
-  const int64_t lowest = w.lo[0], highest = w.hi[rows - 1];
-  const int64_t inner_lo = w.lo[rows - 1], inner_hi = w.hi[0];
+  const int64_t lowest = w.lo[0] / 2 * 2, highest = w.hi[rows - 1];
+  const int64_t inner_lo = round_up(w.lo[rows - 1], 2), inner_hi = w.hi[0] < highest ? w.hi[0] / 2 * 2 : w.hi[0];
   if (inner_lo < inner_hi) {
     strips(lowest, inner_lo);
     for (int64_t k = inner_lo; k < inner_hi; k += kBlockN) process(k, min_int(kBlockN, inner_hi - k), false);
@@ -604,15 +631,31 @@ void forward_block(const AttentionParams& p, int64_t b, int64_t h, int64_t first
   } else {
     strips(lowest, highest);
   }
-  finish(p, w, rows, out, p.lse + (b * p.Hq + h) * p.Lq + first_query);
+  T* out = head.out + group_head * p.out_stride.h + first_query * p.out_stride.l;
+  finish(p, w, rows, out, head.lse + group_head * p.Lq + first_query);
 }
 
+// A task is every `slices`-th block of the query heads that share a key head, the long causal ones first.
 template <class T>
 void forward(const AttentionParams& p, int threads) {
-  const int64_t blocks = (p.Lq + kBlockM - 1) / kBlockM;
-  parallel_for(p.B * p.Hq * blocks, threads, [&](int64_t task) {
-    const int64_t head = task / blocks, block = blocks - 1 - task % blocks;  // long causal rows first
-    forward_block<T>(p, head / p.Hq, head % p.Hq, block * kBlockM);
+  constexpr int64_t kTasksPerThread = 8;
+  const int64_t blocks = (p.Lq + kBlockM - 1) / kBlockM, all_blocks = p.B * p.Hkv > 0 ? p.Hq / p.Hkv * blocks : 0;
+  const int64_t wanted = threads > 1 ? kTasksPerThread * threads / (p.B * p.Hkv > 0 ? p.B * p.Hkv : 1) + 1 : 1;
+  const int64_t slices = wanted < all_blocks ? wanted : all_blocks;
+  parallel_for(p.B * p.Hkv * slices, threads, [&](int64_t task) {
+    const int64_t b = task / slices / p.Hkv, kv_head = task / slices % p.Hkv;
+    Workspace w;
+    w.carve(thread_scratch(w.carve(nullptr, p)), p);
+    const KeyRanges ranges(p, b);
+    const Head<T> head(p, b, kv_head);
+    if constexpr (kDot<T>) {
+      const int64_t from = ranges.row(0).lo / 2 * 2, to = ranges.row(p.Lq - 1).hi;
+      const int64_t stride = p.value_stride.l;
+      if (from < to)
+        interleave_rows(head.value + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv);
+    }
+    for (int64_t i = task % slices; i < all_blocks; i += slices)
+      forward_block(p, w, ranges, head, i / blocks, (blocks - 1 - i % blocks) * kBlockM);
   });
 }
 

@@ -1,0 +1,59 @@
+"""Options of the benchmarks, and the files that their results go to."""
+
+import datetime
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyattn import compare
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import peers`: pytest's importlib mode does not add it
+
+RESULTS = Path(__file__).parent / "results"
+_SAVED = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pyattn")
+    group.addoption("--quick", action="store_true", help="a small grid, to see that the benchmarks work")
+    group.addoption(
+        "--results", type=Path, metavar="DIR", help=f"also for parts of a grid; default {RESULTS}"
+    )
+
+
+@pytest.fixture(scope="module")
+def cells(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+    """Where a suite leaves what it measured; saved after its last test. The module has SUITE and GRID."""
+    cells: list[dict[str, Any]] = []
+    yield cells
+    suite, directory = request.module.SUITE, request.config.getoption("--results")
+    if directory is None and len(cells) < len(request.module.GRID):
+        message = f"{suite}: only a part of the grid, not saved (--results DIR saves it)"
+    else:
+        message = f"{suite}: {save(suite, cells, directory or RESULTS)}"
+    request.config.stash.setdefault(_SAVED, []).append(message)
+
+
+def save(suite: str, cells: list[dict[str, Any]], directory: Path) -> Path:
+    environment = compare.environment()
+    del environment["threads"]  # each cell has its own
+    environment["device"] = re.sub(r"\W+", "-", f"{environment['cpu']} {environment['cores']}c".lower())
+    environment["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    environment["command"] = " ".join(["python -m pytest", *sys.argv[1:]])
+    forced = os.environ.get("PYATTN_CPU_ISA")
+    path = directory / environment["device"] / (f"{suite}_{forced}.json" if forced else f"{suite}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(cell) for cell in cells)  # one a cell: a diff shows which of them moved
+    path.write_text(f'{{"environment": {json.dumps(environment, indent=1)},\n"cells": [\n{lines}\n]}}\n')
+    return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for message in config.stash.get(_SAVED, []):
+        terminalreporter.write_line(message)

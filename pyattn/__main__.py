@@ -1,0 +1,5 @@
+import sys
+
+from pyattn.cli import main
+
+sys.exit(main())

@@ -1,0 +1,340 @@
+"""pyattn, naive attention and torch's SDPA side by side: the measurement, its table and its plot."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pyattn
+from pyattn import dispatch, functional, measure
+from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # query, key, value, causal
+IMPLEMENTATIONS: dict[str, Attention] = {
+    "pyattn": lambda q, k, v, causal: functional.attention(q, k, v, causal=causal),
+    "torch SDPA": lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
+    "naive": lambda q, k, v, causal: functional.naive_attention(q, k, v, causal=causal),
+}
+COLORS = {"pyattn": "#0b62c4", "torch SDPA": "#e07b00", "naive": "#7a7a7a"}
+WARM_UP_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is compared; every tensor is [batch, heads, length, head_dim]."""
+
+    dtype: torch.dtype = torch.float32
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    batch: int = 1
+    heads: int = 8
+    head_dim: int = 64
+    causal: bool = False
+    backward: bool = False
+    device: str = "cpu"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def title(self) -> str:
+        what = "forward and backward" if self.backward else "forward"
+        causal = ", causal" if self.causal else ""
+        shape = f"batch {self.batch}, {self.heads} heads of {self.head_dim}"
+        return f"Attention {what}, {self.dtype_name}, {shape}{causal}"
+
+
+@dataclass
+class Cell:
+    """One implementation at one length. A skipped cell says why and has no numbers."""
+
+    length: int
+    implementation: str
+    backend: str | None = None  # of pyattn: who computed it
+    skipped: str | None = None
+    seconds: float | None = None
+    gflops: float | None = None
+    speedup: float | None = None  # of pyattn over this implementation: median of paired ratios
+    peak_extra_bytes: int | None = None  # None, too, where the system cannot tell
+    max_error: float | None = None  # of the output and, with backward, of the gradients
+
+
+@dataclass
+class Comparison:
+    workload: Workload
+    environment: dict[str, Any]
+    cells: list[Cell]
+
+    def to_json(self) -> dict[str, Any]:
+        workload = asdict(self.workload) | {"dtype": self.workload.dtype_name}
+        cells = [asdict(cell) for cell in self.cells]
+        return {"environment": self.environment, "workload": workload, "cells": cells}
+
+    @property
+    def header(self) -> str:
+        return f"{self.workload.title}\n{describe(self.environment, self.workload.device)}"
+
+
+def environment() -> dict[str, Any]:
+    cpu: Any = dispatch.load("cpu")
+    isa = None if cpu.unavailable() else cpu.isa()
+    return {"pyattn": pyattn.__version__, **measure.machine(), "isa": isa}
+
+
+def describe(environment: dict[str, Any], device: str = "cpu") -> str:
+    """The line without which no number means anything."""
+    threads = environment["threads"]
+    isa = environment["isa"] or "no native kernels"
+    cpu = f"{environment['cpu']}, {isa}, {threads} thread{'s' if threads > 1 else ''}"
+    machine = environment["gpu"] if device == "cuda" else cpu
+    return f"{machine}, torch {environment['torch']}, pyattn {environment['pyattn']}"
+
+
+def require_extra(*modules: str) -> None:
+    """Say that an optional package is missing before the work starts, not after it."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"this needs {module}: pip install 'pyattn[compare]'")
+
+
+# ---- the measurement ---------------------------------------------------------------------------------------
+
+
+def steps(workload: Workload) -> int:
+    """How many times ``compare`` calls ``progress``."""
+    return (len(workload.lengths) + 1) * (len(IMPLEMENTATIONS) + 1) - 1
+
+
+def compare(workload: Workload, progress: Callable[[str], None] = lambda step: None) -> Comparison:
+    """Measure every implementation at every length; ``progress`` hears of each step as it begins."""
+    torch.manual_seed(0)
+    for name, attention in IMPLEMENTATIONS.items():  # no first measurement shall pay for loading code
+        progress(f"warm-up: {name}")
+        _run(attention, _inputs(workload, WARM_UP_LENGTH), workload)()
+    cells = [cell for length in workload.lengths for cell in _measure(workload, length, progress)]
+    return Comparison(workload, environment(), cells)
+
+
+def _measure(workload: Workload, length: int, progress: Callable[[str], None]) -> list[Cell]:
+    cuda = workload.device == "cuda"
+    inputs = _inputs(workload, length)
+    rows = measure.sample_rows(length)
+    truth = _truth(workload, inputs, rows)
+    cells, runs = {}, {}
+    cpu: Any = dispatch.load("cpu")
+    for name, attention in IMPLEMENTATIONS.items():
+        progress(f"length {length}: {name}, memory and error")
+        cell = cells[name] = Cell(length, name)
+        if name == "pyattn":
+            cell.backend = _backends(workload, inputs)
+        cell.skipped = _does_not_fit(cell, workload, inputs)
+        if cell.skipped:
+            continue
+        results, cell.peak_extra_bytes = measure.call_and_peak(
+            _run(attention, _gradient_in(rows, inputs), workload), cuda=cuda
+        )
+        if (
+            cell.backend and "cpu" in cell.backend
+        ):  # it keeps its scratch from call to call, where the system sees nothing new
+            cell.peak_extra_bytes = max(cell.peak_extra_bytes or 0, cpu.scratch_peak_bytes())
+        results = (results[0][:, :, rows], *results[1:])
+        cell.max_error = max(measure.max_error(a, b) for a, b in zip(results, truth, strict=True))
+        runs[name] = _run(attention, inputs, workload)
+    progress(f"length {length}: time, in turns")
+    times = measure.alternate(runs, rounds=3, cuda=cuda)
+    flops = measure.attention_flops(*inputs[:3], causal=workload.causal, backward=workload.backward)
+    for name in runs:
+        cells[name].seconds = times.median(name)
+        cells[name].gflops = flops / times.median(name) / 1e9
+        cells[name].speedup = times.ratio(name, "pyattn") if "pyattn" in runs else None
+    return list(cells.values())
+
+
+def _inputs(workload: Workload, length: int) -> list[Tensor]:
+    """Query, key, value and the gradient of the output."""
+    shape = (workload.batch, workload.heads, length, workload.head_dim)
+    tensors = [torch.randn(shape, device=workload.device).to(workload.dtype) for _ in range(4)]
+    return [t.requires_grad_(workload.backward) for t in tensors[:3]] + tensors[3:]
+
+
+def _gradient_in(rows: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """The inputs with the output's gradient zero outside ``rows``: its truth needs no other row's scores."""
+    query, key, value, grad = inputs
+    sparse = torch.zeros_like(grad)
+    sparse[:, :, rows] = grad[:, :, rows]
+    return [query, key, value, sparse]
+
+
+def _run(attention: Attention, inputs: list[Tensor], workload: Workload) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that gives the output and, with backward, the three gradients."""
+    query, key, value, grad = inputs
+
+    def forward() -> tuple[Tensor, ...]:
+        return (attention(query, key, value, workload.causal),)
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        out = attention(query, key, value, workload.causal)
+        return out.detach(), *torch.autograd.grad(out, (query, key, value), grad)
+
+    return forward_backward if workload.backward else forward
+
+
+def _truth(workload: Workload, inputs: list[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
+    """In float64: the output in ``rows`` and, with backward, the gradients that come from those rows."""
+    q, k, v = (t.detach().double().requires_grad_(workload.backward) for t in inputs[:3])
+    out = measure.float64_attention(q, k, v, rows, causal=workload.causal)
+    if not workload.backward:
+        return (out,)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3][:, :, rows].double())
+
+
+def _backends(workload: Workload, inputs: list[Tensor]) -> str:
+    """Who computes pyattn's part: one name, or "cpu + reference" where forward and backward differ."""
+    spec = AttentionSpec(1.0, window_right=0 if workload.causal else None)
+    ops: tuple[Op, ...] = ("forward", "backward") if workload.backward else ("forward",)
+    chosen = [dispatch.choose(Problem.of(op, spec, AttentionTensors(*inputs[:3]))) for op in ops]
+    return " + ".join(dict.fromkeys(chosen))
+
+
+def _does_not_fit(cell: Cell, workload: Workload, inputs: list[Tensor]) -> str | None:
+    """Why an implementation that holds whole score matrices cannot run here; None if it can."""
+    B, H, L, _ = inputs[0].shape
+    scores = B * H * L * L  # elements of one matrix; times how many may be alive at once, and their bytes:
+    if cell.implementation == "naive":
+        need = scores * (6 if workload.backward else 3) * inputs[0].element_size()
+    elif cell.backend and "reference" in cell.backend:
+        need = scores * (12 if workload.backward else 5) * 4  # it computes in float32
+    else:
+        return None
+    free = measure.available_memory(cuda=workload.device == "cuda")
+    return f"may need {format_bytes(need)}, {format_bytes(free)} are free" if need > free else None
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+def print_table(comparison: Comparison) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("length", "", "time", "pyattn is", "extra memory", "max error"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for length in comparison.workload.lengths:
+        for cell in (c for c in comparison.cells if c.length == length):
+            ours = cell.implementation == "pyattn"
+            row = (str(length) if ours else "", cell.implementation, *_columns(cell))
+            table.add_row(*row, style="bold" if ours else None)
+        table.add_section()
+    console = Console(highlight=False)
+    console.print(comparison.header, table, _notes(comparison), sep="\n")
+
+
+def _notes(comparison: Comparison) -> str:
+    notes = [
+        f"{c.implementation} at {c.length} was skipped: it {c.skipped}."
+        for c in comparison.cells
+        if c.skipped
+    ]
+    used = sorted({cell.backend for cell in comparison.cells if cell.backend})
+    notes.append(f"pyattn's backend: {', '.join(used)}.")
+    notes.append(
+        "Times are medians of alternating runs; ratios are taken run by run, then their median. Extra memory "
+        "is the peak above the start, less the results. Errors are against float64, computed for at most "
+        f"{measure.TRUTH_ROWS} query rows a head and all keys."
+    )
+    return "\n".join(notes)
+
+
+def _columns(cell: Cell) -> tuple[str, ...]:
+    if cell.skipped or cell.seconds is None:
+        return "skipped", "", "", ""
+    compared = "" if cell.implementation == "pyattn" or cell.speedup is None else format_speedup(cell.speedup)
+    return format_time(cell.seconds), compared, format_bytes(cell.peak_extra_bytes), f"{cell.max_error:.1e}"
+
+
+def format_speedup(speedup: float) -> str:
+    return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
+
+
+def format_time(seconds: float) -> str:
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def format_bytes(count: float | None) -> str:
+    if count is None:
+        return "unknown"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+# ---- the plot ----------------------------------------------------------------------------------------------
+
+
+def save_plot(comparison: Comparison, directory: Path) -> Path:
+    """Time and memory against length, both axes logarithmic; the file's name says what was compared."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    workload = comparison.workload
+    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    _panel(time_axes, comparison, "time of one call (ms)", lambda cell: cell.seconds and cell.seconds * 1e3)
+    _panel(memory_axes, comparison, "peak extra memory (MB)", _megabytes)
+    time_axes.legend(frameon=False, loc="upper left")
+    for cell in comparison.cells:
+        if cell.speedup and cell.seconds and cell.implementation != "pyattn":
+            time_axes.annotate(
+                f"{cell.speedup:.1f}x",
+                (cell.length, cell.seconds * 1e3),
+                (-2, 6),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8.5,
+                color=COLORS[cell.implementation],
+            )
+    title, machine = comparison.header.split("\n")
+    figure.suptitle(title, fontweight="bold")
+    note = f"{machine}\nx: pyattn's speed-up, the median of paired ratios"
+    figure.supxlabel(note, fontsize=9, color="#555555")
+    parts = ["compare", workload.dtype_name, *["causal"] * workload.causal, *["backward"] * workload.backward]
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / ("_".join(parts) + ".png")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _panel(axes: Axes, comparison: Comparison, y_label: str, value: Callable[[Cell], float | None]) -> None:
+    for name, color in COLORS.items():
+        cells = [cell for cell in comparison.cells if cell.implementation == name]
+        points = [(cell.length, y) for cell in cells if (y := value(cell)) is not None]
+        skipped = [cell.length for cell in cells if cell.skipped]
+        label = f"{name}\n(does not fit from {skipped[0]})" if skipped else name
+        width = 2.6 if name == "pyattn" else 1.8
+        axes.plot(*zip(*points, strict=True), "o-", color=color, lw=width, ms=5, label=label)
+    lengths = comparison.workload.lengths
+    axes.set(xscale="log", yscale="log", xlabel="sequence length", ylabel=y_label)
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.margins(x=0.1)  # room for what stands left of the first point
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(color="#dddddd", lw=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _megabytes(cell: Cell) -> float | None:
+    """Zero has no place on a logarithmic axis: the system counts memory in pages, so at least one."""
+    return None if cell.peak_extra_bytes is None else max(cell.peak_extra_bytes, 4096) / 1e6

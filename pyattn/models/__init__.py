@@ -1,0 +1,5 @@
+"""Models whose attention can be chosen by name."""
+
+from pyattn.models.gpt import GPT
+
+__all__ = ["GPT"]
