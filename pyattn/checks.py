@@ -18,6 +18,8 @@ from pyattn.spec import AttentionTensors
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+_NO_FAMILY = (None,) * 6  # alibi_slopes to block_table of AttentionTensors
+_NO_INDICES = (None,) * 5  # kv_lengths to cu_seqlens_k
 CHECK_DEVICE_VALUES = os.environ.get("PYATTN_CHECK") == "1"
 
 
@@ -44,21 +46,27 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, packed: bool, paged:
     """Ranks, dtypes, devices and the sizes that query, key and value must agree on."""
     layout = "[total, H, D]" if packed else "[B, H, L, D]"
     key_layout = "[num_pages, H, page_size, D]" if paged else layout
-    for name, x, expected in (("query", query, layout), ("key", key, key_layout), ("value", value, key_layout)):
-        check_tensor(name, x, FLOAT_DTYPES, query if isinstance(query, Tensor) else None)
-        if x.dim() != expected.count(",") + 1:
-            raise ValueError(f"{name} must have shape {expected}, got {list(x.shape)}")
+    check_tensor("query", query, FLOAT_DTYPES)
+    if query.dim() != (3 if packed else 4):
+        raise ValueError(f"query must have shape {layout}, got {list(query.shape)}")
+    key_rank = 3 if packed and not paged else 4
+    for name, x in (("key", key), ("value", value)):
+        check_tensor(name, x, FLOAT_DTYPES, query)
+        if x.dim() != key_rank:
+            raise ValueError(f"{name} must have shape {key_layout}, got {list(x.shape)}")
         if x.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
             raise TypeError(f"{name} must have the dtype of query ({query.dtype}), got {x.dtype}")
-    if key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(f"value must have the shape of key {list(key.shape)} up to its last size, got {list(value.shape)}")
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key must have the head dim of query ({query.shape[-1]}), got {key.shape[-1]}")
-    if not packed and not paged and query.shape[0] != key.shape[0]:
-        raise ValueError(f"key must have the batch size of query ({query.shape[0]}), got {key.shape[0]}")
-    if paged and key.shape[2] < 1:
+    q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
+    if k_shape[:-1] != v_shape[:-1]:
+        raise ValueError(f"value must have the shape of key {list(k_shape)} up to its last size, got {list(v_shape)}")
+    if q_shape[-1] != k_shape[-1]:
+        raise ValueError(f"key must have the head dim of query ({q_shape[-1]}), got {k_shape[-1]}")
+    if not packed and not paged and q_shape[0] != k_shape[0]:
+        raise ValueError(f"key must have the batch size of query ({q_shape[0]}), got {k_shape[0]}")
+    if paged and k_shape[2] < 1:
         raise ValueError("key must have pages of at least one token, got page_size 0")
-    check_heads(query.shape[1], key.shape[1])
+    if q_shape[1] != k_shape[1]:
+        check_heads(q_shape[1], k_shape[1])
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
@@ -124,6 +132,8 @@ def check_cu_seqlens(name: str, x: Any, query: Tensor, batch: int | None) -> Non
 
 def check_family(t: AttentionTensors, batch: int) -> None:
     """The optional tensors that both ``attention`` and ``attention_varlen`` take."""
+    if t[4:10] == _NO_FAMILY:
+        return
     query = t.query
     num_heads = query.shape[1]
     if t.alibi_slopes is not None:
@@ -171,6 +181,8 @@ def _check_rises(name: str, x: Tensor, total: int, longest: int | None) -> None:
 
 def check_values(t: AttentionTensors, max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:
     """Lengths, starts, cumulative lengths and page numbers, where they can be read without synchronising."""
+    if t[7:12] == _NO_INDICES:
+        return
     if t.query.device.type != "cpu" and not CHECK_DEVICE_VALUES:
         return
     if t.cu_seqlens_q is not None:

@@ -33,8 +33,7 @@ def _spec(
     elif q_offset is not None:
         q_offset = checks.check_int("q_offset", q_offset)
     left, right = checks.check_window(causal, window)
-    if any(x is not None for x in tensors[3:]):
-        checks.check_family(tensors, batch)
+    checks.check_family(tensors, batch)
     softcap = 0.0 if softcap is None else checks.check_number("softcap", softcap)
     if softcap < 0:
         raise ValueError(f"softcap must be positive, or 0 or None for none, got {softcap}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyattn import dispatch
 from pyattn.checks import check_values
@@ -37,12 +38,10 @@ _backward_op = torch.ops.pyattn.attention_backward.default
 
 def _unpack(args: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionTensors]:
     """Tensors and spec of an op's arguments, with last strides of 1: kernels take any other stride."""
-    tensors = AttentionTensors._make(args[:_NUM_TENSORS])
-    for name in ("query", "key", "value"):
-        x = getattr(tensors, name)
-        if x.stride(-1) != 1:
-            tensors = tensors._replace(**{name: x.contiguous()})
-    return AttentionSpec._make(args[_NUM_TENSORS:_NUM_ARGS]), tensors
+    query, key, value = args[:3]
+    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
+        args = (*(x if x.stride(-1) == 1 else x.contiguous() for x in args[:3]), *args[3:])
+    return AttentionSpec._make(args[_NUM_TENSORS:_NUM_ARGS]), AttentionTensors._make(args[:_NUM_TENSORS])
 
 
 # ---- forward ------------------------------------------------------------------------------------------------
@@ -118,8 +117,8 @@ def _any_requires_grad(args: tuple[Any, ...]) -> bool:
 
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    # A forward-mode level sends the call through the Function too, which raises for tangents instead of losing them.
-    if torch.autograd.forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(args)):
+    # A forward-mode level needs the Function too: it raises for a tangent, which would else be lost.
+    if (torch.is_grad_enabled() and _any_requires_grad(args)) or forward_ad._current_level >= 0:
         return _Attention.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(*args)
@@ -162,6 +161,17 @@ torch.library.register_fake("pyattn::attention_forward", _forward_fake, lib=_lib
 torch.library.register_fake("pyattn::attention_backward", _backward_fake, lib=_library)
 
 
-def attention(spec: AttentionSpec, tensors: AttentionTensors, backend: str) -> tuple[Tensor, Tensor]:
+def attention(spec: AttentionSpec, t: AttentionTensors, backend: str) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of ``torch.ops.pyattn.attention_forward``, differentiable."""
-    return _forward_op(*tensors, *spec, backend)
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or t.query.requires_grad
+        or t.key.requires_grad
+        or t.value.requires_grad
+        or (t.attn_mask is not None and t.attn_mask.requires_grad)
+        or (t.sinks is not None and t.sinks.requires_grad)
+    ):
+        return _forward_op(*t, *spec, backend)
+    with torch._C._AutoDispatchBelowAutograd():  # nothing to record: saves the way through Python's autograd kernel
+        return _forward_op(*t, *spec, backend)

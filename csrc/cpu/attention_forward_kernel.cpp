@@ -137,9 +137,11 @@ void pack_queries(const T* query, int64_t stride, int rows, int size, float* out
       int64_t in_stride = stride;
       alignas(64) T padded[kLanes * kColumns];
       if (lane + kLanes > rows || first + kColumns > size) {
-        std::memset(padded, 0, sizeof padded);
-        for (int i = 0; i < kLanes && lane + i < rows; ++i)
-          for (int c = 0; c < kColumns && first + c < size; ++c) padded[i * kColumns + c] = in[i * stride + c];
+        const size_t bytes = static_cast<size_t>(min_int(kColumns, size - first)) * sizeof(T);
+        for (int i = 0; i < kLanes; ++i) {
+          for (int c = 0; c < kColumns; ++c) padded[i * kColumns + c] = T{};
+          if (lane + i < rows) std::memcpy(padded + i * kColumns, in + i * stride, bytes);
+        }
         in = padded;
         in_stride = kColumns;
       }
@@ -592,8 +594,11 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
   const bool has_bias = mask != nullptr;
 
   pack_queries(query, p.query_stride.l, rows, static_cast<int>(p.D), w.q);
-  std::memset(w.o, 0, sizeof(float) * static_cast<size_t>(round_up(live_lanes, kTileLanes) * round_up(p.Dv, kLanes)));
-  for (int i = 0; i < kBlockM; ++i) {
+  for (int lane = 0; lane < live_lanes; lane += kLanes) {
+    float* column = w.o + lane / kTileLanes * round_up(p.Dv, kLanes) * kTileLanes + lane % kTileLanes;
+    for (int64_t e = 0; e < round_up(p.Dv, kLanes); ++e) store(column + e * kTileLanes, vf{});
+  }
+  for (int i = 0; i < live_lanes; ++i) {
     const KeyRange range = i < rows ? ranges.row(first_query + i) : KeyRange{0, 0};
     w.lo[i] = min_int(range.lo, p.Lk);
     w.hi[i] = min_int(range.hi, p.Lk);
