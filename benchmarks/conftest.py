@@ -22,9 +22,7 @@ _SAVED = pytest.StashKey[list[str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pyattn")
     group.addoption("--quick", action="store_true", help="a small grid, to see that the benchmarks work")
-    group.addoption(
-        "--results", type=Path, metavar="DIR", help=f"also for parts of a grid; default {RESULTS}"
-    )
+    group.addoption("--results", type=Path, metavar="DIR", help=f"also for parts of a grid; default {RESULTS}")
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,7 @@ Cell = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device", help=f"a folder of {RESULTS.relative_to(ROOT)}; default: the newest results"
-    )
+    parser.add_argument("--device", help=f"a folder of {RESULTS.relative_to(ROOT)}; default: the newest results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="DIR", help="for the plot")
@@ -57,9 +55,7 @@ def main() -> None:
         sys.exit(f"report: {error}")
     args.docs.mkdir(parents=True, exist_ok=True)
     plot(environment, cells, args.docs / f"{SUITE}.png")
-    print(
-        f"{args.readme} and {args.docs / SUITE}.png: {environment['device']}, measured {environment['date']}"
-    )
+    print(f"{args.readme} and {args.docs / SUITE}.png: {environment['device']}, measured {environment['date']}")
 
 
 def load(results: Path, device: str | None) -> tuple[dict[str, Any], list[Cell]]:
@@ -149,9 +145,7 @@ def panel(axes: Axes, cells: list[Cell]) -> None:
         if points:
             width = 2.8 if name == "pyattn" else 1.6
             x, y = zip(*points, strict=True)
-            axes.plot(
-                x, y, "o-", color=COLORS[name], lw=width, ms=4, label=name, zorder=3 if width > 2 else 2
-            )
+            axes.plot(x, y, "o-", color=COLORS[name], lw=width, ms=4, label=name, zorder=3 if width > 2 else 2)
     if cells:
         axes.axhline(cells[0]["peak_gflops"], color="#333333", ls=":", lw=1.2, label="measured peak")
     axes.set_xscale("log")

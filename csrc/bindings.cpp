@@ -23,13 +23,15 @@ T* pointer(uintptr_t address) {
 Strides strides(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2]}; }
 
 DType dtype_of(int code) {
-  if (code < 0 || code > 3) throw std::invalid_argument("dtype must be a code from 0 to 3, got " + std::to_string(code));
+  if (code < 0 || code > 3)
+    throw std::invalid_argument("dtype must be a code from 0 to 3, got " + std::to_string(code));
   return static_cast<DType>(code);
 }
 
 int64_t window_side(int64_t side) { return side < 0 || side > kUnlimited ? kUnlimited : side; }
 
-// Arguments in the order of `_native.attention_forward` in pyattn/backends/cpu.py. An address of 0 is "not given".
+// Arguments in the order of `_native.attention_forward` in pyattn/backends/cpu.py. An address of 0 is "not
+// given".
 void attention_forward(const std::string& isa, int threads, int dtype, const std::array<int64_t, 7>& sizes,
                        uintptr_t query, const std::array<int64_t, 4>& query_stride, uintptr_t key,
                        const std::array<int64_t, 4>& key_stride, uintptr_t value,
@@ -74,8 +76,7 @@ PYBIND11_MODULE(_native, m) {
     return names;
   });
   m.def(
-      "peak_gflops",
-      [](const std::string& isa, int dtype) { return kernels_for(isa).peak_gflops(dtype_of(dtype)); },
+      "peak_gflops", [](const std::string& isa, int dtype) { return kernels_for(isa).peak_gflops(dtype_of(dtype)); },
       py::call_guard<py::gil_scoped_release>());
   m.def("scratch_peak_bytes", &scratch_peak_bytes);
 }

@@ -12,22 +12,22 @@ struct Strides {
 };
 
 struct AttentionParams {
-  DType dtype;                      // of query, key, value and out
+  DType dtype;  // of query, key, value and out
   int64_t B, Hq, Hkv, Lq, Lk, D, Dv;
-  const void* query;                // [B, Hq, Lq, D]
-  const void* key;                  // [B, Hkv, Lk, D]
-  const void* value;                // [B, Hkv, Lk, Dv]
-  void* out;                        // [B, Hq, Lq, Dv]
+  const void* query;  // [B, Hq, Lq, D]
+  const void* key;    // [B, Hkv, Lk, D]
+  const void* value;  // [B, Hkv, Lk, Dv]
+  void* out;          // [B, Hq, Lq, Dv]
   Strides query_stride, key_stride, value_stride, out_stride;
-  float* lse;                       // [B, Hq, Lq], dense
+  float* lse;  // [B, Hq, Lq], dense
 
-  const void* mask;                 // [B, Hq, Lq, Lk] through its strides (0 broadcasts), or null
+  const void* mask;  // [B, Hq, Lq, Lk] through its strides (0 broadcasts), or null
   DType mask_dtype;
   int64_t mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
 
-  const int64_t* q_offsets;         // [B], or null: q_offset, or kv_len - Lq where bottom_right
-  const int64_t* kv_lengths;        // [B], or null: Lk
-  const int64_t* kv_starts;         // [B], or null: 0
+  const int64_t* q_offsets;   // [B], or null: q_offset, or kv_len - Lq where bottom_right
+  const int64_t* kv_lengths;  // [B], or null: Lk
+  const int64_t* kv_starts;   // [B], or null: 0
   int64_t q_offset;
   bool bottom_right;
   int64_t window_left, window_right;  // kUnlimited where there is no limit
@@ -49,7 +49,9 @@ struct KeyRanges {
   KeyRanges(const AttentionParams& p, int64_t b)
       : start(p.kv_starts ? p.kv_starts[b] : 0),
         length(p.kv_lengths ? p.kv_lengths[b] : p.Lk),
-        offset(p.q_offsets ? p.q_offsets[b] : p.bottom_right ? length - p.Lq : p.q_offset),
+        offset(p.q_offsets      ? p.q_offsets[b]
+               : p.bottom_right ? length - p.Lq
+                                : p.q_offset),
         left(p.window_left),
         right(p.window_right) {}
 

@@ -41,9 +41,7 @@ console = Console(highlight=False)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--steps", type=int, help="training steps of each model; default: what --seconds allow"
-    )
+    parser.add_argument("--steps", type=int, help="training steps of each model; default: what --seconds allow")
     parser.add_argument("--seconds", type=float, default=60, help="for both trainings together, default 60")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR", help="for the plot")
@@ -63,9 +61,7 @@ def main() -> None:
         models[name], losses[name] = train_gpt(name, train, steps)
     print_quality(models, held_out, text[cut:])
     difference = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
-    console.print(
-        f"Largest difference between the two losses in {steps} steps: {difference:.1e} bits per byte."
-    )
+    console.print(f"Largest difference between the two losses in {steps} steps: {difference:.1e} bits per byte.")
     console.print(f"plot: {save_plot(losses, args.out)}\n")
     print_evaluation_cost()
 
@@ -113,9 +109,7 @@ def bits_per_byte(model: GPT, text: Tensor) -> float:
     """Over consecutive windows, each byte predicted from those before it in its window."""
     count = (len(text) - 1) // CONTEXT
     tokens, targets = (text[i : i + count * CONTEXT].view(count, CONTEXT) for i in (0, 1))
-    total = sum(
-        model(x, targets=y).item() * len(x) for x, y in zip(tokens.split(32), targets.split(32), strict=True)
-    )
+    total = sum(model(x, targets=y).item() * len(x) for x, y in zip(tokens.split(32), targets.split(32), strict=True))
     return total / count / math.log(2)
 
 
@@ -135,9 +129,7 @@ def save_plot(losses: dict[str, list[float]], directory: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     axes.plot(losses["naive"], color="#c4c4c4", lw=6, label="naive attention")
     axes.plot(losses["pyattn"], color=compare.COLORS["pyattn"], lw=1.3, label="pyattn attention")
-    axes.set(
-        xlabel="step", ylabel="training loss (bits per byte)", title="One seed, two ways to compute attention"
-    )
+    axes.set(xlabel="step", ylabel="training loss (bits per byte)", title="One seed, two ways to compute attention")
     axes.grid(color="#dddddd", lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

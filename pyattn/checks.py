@@ -154,7 +154,9 @@ def check_family(t: AttentionTensors, batch: int) -> None:
     if t.block_table is not None:
         check_tensor("block_table", t.block_table, (torch.int32,), query)
         if t.block_table.dim() != 2 or t.block_table.shape[0] != batch:
-            raise ValueError(f"block_table must have shape [B, max_pages] with B = {batch}, got {list(t.block_table.shape)}")
+            raise ValueError(
+                f"block_table must have shape [B, max_pages] with B = {batch}, got {list(t.block_table.shape)}"
+            )
         if t.kv_lengths is None:
             raise ValueError("kv_lengths must be given with block_table, got None")
         for name in ("query", "key", "value", "attn_mask", "sinks"):
@@ -176,7 +178,9 @@ def _check_rises(name: str, x: Tensor, total: int, longest: int | None) -> None:
     if int(x[0]) != 0 or int(x[-1]) != total or (steps < 0).any():
         raise ValueError(f"{name} must rise from 0 to the total of {total}, got {x.tolist()}")
     if longest is not None and steps.numel() and int(steps.max()) > longest:
-        raise ValueError(f"max_seqlen_{name[-1]} must be at least the longest sequence ({int(steps.max())}), got {longest}")
+        raise ValueError(
+            f"max_seqlen_{name[-1]} must be at least the longest sequence ({int(steps.max())}), got {longest}"
+        )
 
 
 def check_values(t: AttentionTensors, max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:
@@ -202,7 +206,9 @@ def check_values(t: AttentionTensors, max_seqlen_q: int | None, max_seqlen_k: in
         if isinstance(available, int):
             _within(name, x, 0, available, "the keys there are")
         elif (x < 0).any() or (x > available).any():
-            raise ValueError(f"{name} must lie between 0 and the keys of each sequence {available.tolist()}, got {x.tolist()}")
+            raise ValueError(
+                f"{name} must lie between 0 and the keys of each sequence {available.tolist()}, got {x.tolist()}"
+            )
     if t.block_table is not None and t.kv_lengths is not None:
         pages = -(-t.kv_lengths // t.key.shape[2])
         used = t.block_table[torch.arange(t.block_table.shape[1], device=pages.device) < pages[:, None]]

@@ -78,9 +78,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=_lengths, default=default.lengths, metavar="N,N", help=lengths)
     for name in ("batch", "heads", "head_dim"):
         option = "--" + name.replace("_", "-")
-        parser.add_argument(
-            option, type=_positive, default=getattr(default, name), help="default %(default)s"
-        )
+        parser.add_argument(option, type=_positive, default=getattr(default, name), help="default %(default)s")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--backward", action="store_true", help="measure forward and backward together")
     parser.add_argument("--threads", type=_positive, help="default: torch's own choice")

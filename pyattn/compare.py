@@ -242,11 +242,7 @@ def print_table(comparison: Comparison) -> None:
 
 
 def _notes(comparison: Comparison) -> str:
-    notes = [
-        f"{c.implementation} at {c.length} was skipped: it {c.skipped}."
-        for c in comparison.cells
-        if c.skipped
-    ]
+    notes = [f"{c.implementation} at {c.length} was skipped: it {c.skipped}." for c in comparison.cells if c.skipped]
     used = sorted({cell.backend for cell in comparison.cells if cell.backend})
     notes.append(f"pyattn's backend: {', '.join(used)}.")
     notes.append(

@@ -42,7 +42,7 @@ class Backend(Protocol):
 @functools.cache
 def load(name: str) -> Backend:
     """The backend called ``name``, imported on first use."""
-    return importlib.import_module(_MODULES[name])  # type: ignore[return-value]
+    return importlib.import_module(_MODULES[name])
 
 
 def order(device_type: str) -> tuple[str, ...]:

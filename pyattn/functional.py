@@ -334,7 +334,14 @@ def scaled_dot_product_attention(
         )
     lead, (query, key, value, attn_mask) = _to_four_dimensions(query, key, value, attn_mask, enable_gqa)
     out = attention(
-        query, key, value, causal=is_causal, q_offset=q_offset, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
+        query,
+        key,
+        value,
+        causal=is_causal,
+        q_offset=q_offset,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        scale=scale,
     )
     return out.reshape(*lead, *out.shape[-2:])
 
@@ -383,7 +390,13 @@ def _to_four_dimensions(
 
 
 def naive_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool = False, backend: None = None, **arguments: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_lse: bool = False,
+    backend: None = None,
+    **arguments: Any,
 ) -> Any:
     """Matmul, mask, softmax, matmul in the inputs' dtype: what everybody writes first, to compare against.
 
@@ -393,7 +406,8 @@ def naive_attention(
     Example:
         >>> import torch, pyattn
         >>> q = torch.randn(1, 2, 5, 8)
-        >>> torch.testing.assert_close(pyattn.naive_attention(q, q, q, causal=True), pyattn.attention(q, q, q, causal=True))
+        >>> ours = pyattn.attention(q, q, q, causal=True)
+        >>> torch.testing.assert_close(pyattn.naive_attention(q, q, q, causal=True), ours)
     """
     if backend is not None:
         raise ValueError(f"backend must be None for naive_attention, got {backend!r}")

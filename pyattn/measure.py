@@ -165,9 +165,7 @@ def max_error(got: Tensor, truth: Tensor) -> float:
     return (got.double() - truth).abs().max().item()
 
 
-def attention_flops(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, backward: bool = False
-) -> float:
+def attention_flops(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, backward: bool = False) -> float:
     """Operations of the matrix products: two forward, five more backward; causal needs half the scores."""
     B, H, Lq, D = query.shape
     Lk, Dv = key.shape[2], value.shape[3]

@@ -15,13 +15,16 @@ from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, 
 
 MIN_BIAS = -2.3e38  # finite biases are clamped here: times log2(e) it is still finite in float32
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of query, key, value, attn_mask, sinks
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 # ---- the pieces of the definition ----------------------------------------------------------------------------
 
 
-def key_range(spec: AttentionSpec, rows: Tensor, q_offset: Tensor, start: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+def key_range(
+    spec: AttentionSpec, rows: Tensor, q_offset: Tensor, start: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor]:
     """The half-open interval ``[lo, hi)`` of keys that each query row may see.
 
     ``pos(i) = i + q_offset``, ``lo = max(start, pos - left)``, ``hi = min(length, pos + right + 1)``.
@@ -43,10 +46,8 @@ def _positions(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor
 
     length = per_sample(t.kv_lengths, Lk)
     start = per_sample(t.kv_starts, 0)
-    if t.q_offset is None and spec.q_offset is None:
-        offset = length - Lq
-    else:
-        offset = per_sample(t.q_offset, spec.q_offset or 0)
+    bottom_right = t.q_offset is None and spec.q_offset is None
+    offset = length - Lq if bottom_right else per_sample(t.q_offset, spec.q_offset or 0)
     return offset, start, length, torch.arange(Lq, device=device).view(1, 1, Lq, 1)
 
 
@@ -251,13 +252,29 @@ def _forward_dense(spec: AttentionSpec, t: AttentionTensors, first_batch: int) -
 
 
 def backward(
-    spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    spec: AttentionSpec,
+    t: AttentionTensors,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+) -> Gradients:
     """Gradients of query, key, value, attn_mask (None unless it is float) and sinks (None without sinks)."""
-    if t.cu_seqlens_q is None:
-        return _backward_dense(spec, t, out, lse, grad_out, grad_lse, 0)
+    backward_of = _backward_dense if t.cu_seqlens_q is None else _backward_packed
+    *others, dsinks = backward_of(spec, t, out, lse, grad_out, grad_lse)
+    return *others, None if dsinks is None or t.sinks is None else dsinks.to(t.sinks.dtype)  # type: ignore[return-value]
+
+
+def _backward_packed(
+    spec: AttentionSpec,
+    t: AttentionTensors,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+) -> Gradients:
     dq, dk, dv = torch.zeros_like(t.query), torch.zeros_like(t.key), torch.zeros_like(t.value)
-    dsinks = None if t.sinks is None else torch.zeros_like(t.sinks, dtype=lse.dtype)
+    sink_grads = [] if t.sinks is None else [torch.zeros_like(t.sinks, dtype=lse.dtype)]
     for b, (rows, keys, sample) in enumerate(_by_sequence(t)):
         assert keys is not None  # paged keys have no gradient
         dense = [x[rows].transpose(0, 1)[None] for x in (out, grad_out)]
@@ -265,9 +282,9 @@ def backward(
         grads = _backward_dense(spec, sample, dense[0], lse[None, :, rows], dense[1], sample_dlse, b)
         for packed, index, grad in zip((dq, dk, dv), (rows, keys, keys), grads[:3], strict=True):
             packed[index] = grad[0].transpose(0, 1)
-        if dsinks is not None:
-            dsinks += grads[4]
-    return dq, dk, dv, None, None if dsinks is None else dsinks.to(t.sinks.dtype)  # type: ignore[union-attr]
+        if grads[4] is not None:
+            sink_grads.append(grads[4])
+    return dq, dk, dv, None, torch.stack(sink_grads).sum(0) if sink_grads else None
 
 
 def _backward_dense(
@@ -277,8 +294,8 @@ def _backward_dense(
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    first_batch: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    first_batch: int = 0,
+) -> Gradients:
     dtype, compute = t.query.dtype, lse.dtype
     num_heads, num_kv_heads = t.query.shape[1], t.key.shape[1]
     s, softcap_slope = _scores(spec, t, compute)
@@ -308,7 +325,7 @@ def _backward_dense(
     dsinks = None
     if t.sinks is not None:
         p_sink = torch.exp(t.sinks.to(compute).view(1, -1, 1, 1) - safe_lse)
-        dsinks = (-p_sink * row_term).sum((0, 2, 3)).to(t.sinks.dtype)
+        dsinks = (-p_sink * row_term).sum((0, 2, 3))
     if softcap_slope is not None:
         ds = torch.where(live, ds * softcap_slope, 0)
     ds = ds.to(dtype).to(compute)

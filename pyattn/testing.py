@@ -215,7 +215,10 @@ def assert_close(actual: Tensor, emulated: Tensor, truth: Tensor, name: str = "o
     if a.numel() == 0:
         return
     epsilon, norm = torch.finfo(dtype).eps, float(t.norm())
-    largest, allowed = float((a - t).abs().max()), 2 * float((e - t).abs().max()) + _ulp(float(t.abs().max()), dtype) / 2
+    largest, allowed = (
+        float((a - t).abs().max()),
+        2 * float((e - t).abs().max()) + _ulp(float(t.abs().max()), dtype) / 2,
+    )
     assert largest <= allowed, f"{name}: largest error {largest:.3g}, allowed {allowed:.3g}"
     if norm == 0:
         return

@@ -1,18 +1,19 @@
 // Attention forward on a CPU: tiled online softmax over blocks of 64 queries of one head.
 //
-// Lanes are queries. A block computes S^T = K Q^T and O^T += V^T P^T, so keys and values are read where they lie, one
-// scalar broadcast at a time, and maximum, sum and rescale of the softmax are vertical operations without a
-// horizontal reduction. Only the queries and the output are transposed, in registers, once a block.
+// Lanes are queries. A block computes S^T = K Q^T and O^T += V^T P^T, so keys and values are read where they
+// lie, one scalar broadcast at a time, and maximum, sum and rescale of the softmax are vertical operations
+// without a horizontal reduction. Only the queries and the output are transposed, in registers, once a block.
 //
 //   block   64 queries; lanes in panels of 16; 1 register tile of 4 panels (AVX-512) or 4 tiles of 1 panel
 //   tile    kMaxRows keys (or value columns) x the live panels, all accumulators in registers
-//   segment a run of keys for which K and V are staged at once: up to kBlockN where every query of the block sees
+//   segment a run of keys for which K and V are staged at once: up to kBlockN where every query of the block
+//   sees
 //           every key, strips of 16 along the edges of the structured mask, where dead panels are left out
 //
-// Float16, and bfloat16 where there is no bfloat16 dot product, are converted to float a segment at a time. With the
-// dot product, K and Q are read as pairs along d, and V is interleaved into pairs of keys, once for all the blocks of
-// a head that a thread takes; segments begin at even keys.
-// Scores live in units of log2: exp(x) = 2^(x log2 e).
+// Float16, and bfloat16 where there is no bfloat16 dot product, are converted to float a segment at a time.
+// With the dot product, K and Q are read as pairs along d, and V is interleaved into pairs of keys, once for
+// all the blocks of a head that a thread takes; segments begin at even keys. Scores live in units of log2:
+// exp(x) = 2^(x log2 e).
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -43,7 +44,8 @@ constexpr bool kDot = kHasBf16Dot && std::is_same_v<T, bf16>;
 
 PYATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Words of a transposed query: floats, or pairs of bfloat16. Whole vectors of them, so that transposes need no end.
+// Words of a transposed query: floats, or pairs of bfloat16. Whole vectors of them, so that transposes need
+// no end.
 template <class T>
 PYATTN_INLINE int64_t query_words(int64_t D) {
   return round_up(kDot<T> ? (D + 1) / 2 : D, kLanes);
@@ -90,16 +92,18 @@ struct Workspace {
 struct Segment {
   int64_t first;
   int count;
-  bool edge;              // some query of the block does not see some key of it
-  const char* k;          // rows of float, or of bfloat16 pairs
+  bool edge;      // some query of the block does not see some key of it
+  const char* k;  // rows of float, or of bfloat16 pairs
   int64_t k_row_bytes;
-  const float* v;         // rows of float; with the dot product, a row is a pair of keys
-  int64_t v_row;          // floats from one row to the next
-  int not_finite_count;   // rows of V that hold NaN or inf, set to 0 in `v`; looked for only where keys are masked
+  const float* v;        // rows of float; with the dot product, a row is a pair of keys
+  int64_t v_row;         // floats from one row to the next
+  int not_finite_count;  // rows of V that hold NaN or inf, set to 0 in `v`; looked for only where keys are
+                         // masked
   int not_finite[kBlockN];
 };
 
-// ---- operands ----------------------------------------------------------------------------------------------------
+// ---- operands
+// ----------------------------------------------------------------------------------------------------
 
 template <bool kIsDot>
 PYATTN_INLINE vf multiply_add(vf c, vf a, vf b) {
@@ -188,8 +192,8 @@ PYATTN_INLINE bool not_finite(float x) { return (float_to_bits(x) & 0x7f800000) 
 PYATTN_INLINE bool not_finite(bf16 x) { return (x.bits & 0x7f80) == 0x7f80; }
 PYATTN_INLINE bool not_finite(f16 x) { return (x.bits & 0x7c00) == 0x7c00; }
 
-// 0 * NaN is NaN: where a key is masked for some query, a value that is not finite must stay out of the matrix
-// product. Lists such rows, and returns values that have zeros in their place.
+// 0 * NaN is NaN: where a key is masked for some query, a value that is not finite must stay out of the
+// matrix product. Lists such rows, and returns values that have zeros in their place.
 template <class T>
 const T* hide_not_finite(const T* value, int64_t& stride, int size, Segment& segment, void* clean) {
   for (int r = 0; r < segment.count; ++r) {
@@ -240,10 +244,11 @@ void stage(const AttentionParams& p, const T* key, const T* value, bool masked, 
   }
 }
 
-// ---- register tiles ----------------------------------------------------------------------------------------------
+// ---- register tiles
+// ----------------------------------------------------------------------------------------------
 
-// Calls f with rows as a compile-time constant, over runs of at most kMaxRows that are as even as they can be: the
-// accumulators of a short last run would wait for each other.
+// Calls f with rows as a compile-time constant, over runs of at most kMaxRows that are as even as they can
+// be: the accumulators of a short last run would wait for each other.
 template <int kRows = kMaxRows, class F>
 PYATTN_INLINE void call_with_rows(int rows, const F& f) {
   if (rows == kRows)
@@ -262,11 +267,12 @@ PYATTN_INLINE void for_row_tiles(int count, const F& f) {
   }
 }
 
-// s[i][lane] = scale * sum over words of k[i][word] * q[word][lane]; raises `largest` to the scores. Long sums are made
-// of partial sums of at most kMaxSum words, since the error of a running sum grows with its length.
+// s[i][lane] = scale * sum over words of k[i][word] * q[word][lane]; raises `largest` to the scores. Long
+// sums are made of partial sums of at most kMaxSum words, since the error of a running sum grows with its
+// length.
 template <bool kIsDot, int kRows, int kVecs>
-PYATTN_INLINE void score_tile(const char* k, int64_t row_bytes, int size, const float* q, float scale,
-                              float* s, vf (&largest)[kVecs]) {
+PYATTN_INLINE void score_tile(const char* k, int64_t row_bytes, int size, const float* q, float scale, float* s,
+                              vf (&largest)[kVecs]) {
   vf c[kRows][kVecs];
   const auto step = [&](const float* q_row, const auto& word) __attribute__((always_inline)) {
     vf b[kVecs];
@@ -289,7 +295,8 @@ PYATTN_INLINE void score_tile(const char* k, int64_t row_bytes, int size, const 
     const int first = w, end = words - w > kMaxSum ? w + kMaxSum : words;
 #pragma GCC unroll 2
     for (; w < end; ++w)
-      step(q + w * kTileLanes, [w](const char* row) __attribute__((always_inline)) { return broadcast_word(row + 4 * w); });
+      step(q + w * kTileLanes,
+           [w](const char* row) __attribute__((always_inline)) { return broadcast_word(row + 4 * w); });
     if (kIsDot && size % 2 && w == words) {
       step(q + words * kTileLanes, [words](const char* row) __attribute__((always_inline)) {
         uint16_t last;
@@ -317,8 +324,7 @@ PYATTN_INLINE void score_tile(const char* k, int64_t row_bytes, int size, const 
 
 // o[i][lane] = o[i][lane] * alpha[lane] + sum over key rows of v[row][i] * p[row][lane]
 template <bool kIsDot, int kRows, int kVecs>
-PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const float* p, const float* alpha,
-                               float* o) {
+PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const float* p, const float* alpha, float* o) {
   vf c[kRows][kVecs] = {};
 #pragma GCC unroll 2
   for (int r = 0; r < rows; ++r) {
@@ -342,7 +348,8 @@ PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const fl
   }
 }
 
-// ---- masks -------------------------------------------------------------------------------------------------------
+// ---- masks
+// -------------------------------------------------------------------------------------------------------
 
 template <class M>
 PYATTN_INLINE float bias_of(M x) {
@@ -391,17 +398,21 @@ void load_bias(const AttentionParams& p, const char* mask, int64_t query, int64_
     load_bias(first, p.mask_stride_q, p.mask_stride_k, queries, keys, bias);
   };
   switch (p.mask_dtype) {
-    case DType::f32: return load_as(float{});
-    case DType::bf16: return load_as(bf16{});
-    case DType::f16: return load_as(f16{});
-    case DType::boolean: return load_as(bool{});
+    case DType::f32:
+      return load_as(float{});
+    case DType::bf16:
+      return load_as(bf16{});
+    case DType::f16:
+      return load_as(f16{});
+    case DType::boolean:
+      return load_as(bool{});
   }
 }
 
 // Scores plus bias, -inf where masked; `largest` anew. A masked score may have been NaN.
 template <int kVecs>
-PYATTN_INLINE void mask_scores(float* s, const float* bias, const int32_t* lo, const int32_t* hi, int32_t key,
-                               int keys, vf (&largest)[kVecs]) {
+PYATTN_INLINE void mask_scores(float* s, const float* bias, const int32_t* lo, const int32_t* hi, int32_t key, int keys,
+                               vf (&largest)[kVecs]) {
   const vf minus_inf = broadcast(-kInf);
 #pragma GCC unroll 4
   for (int j = 0; j < kVecs; ++j) largest[j] = minus_inf;
@@ -422,10 +433,11 @@ PYATTN_INLINE void mask_scores(float* s, const float* bias, const int32_t* lo, c
   }
 }
 
-// ---- one tile against one segment --------------------------------------------------------------------------------
+// ---- one tile against one segment
+// --------------------------------------------------------------------------------
 
-// Scores to weights 2^(score - maximum), in place: floats, or with the dot product pairs of bfloat16, of which
-// row r holds keys 2r and 2r + 1. Updates maximum and sum.
+// Scores to weights 2^(score - maximum), in place: floats, or with the dot product pairs of bfloat16, of
+// which row r holds keys 2r and 2r + 1. Updates maximum and sum.
 template <bool kIsDot, int kVecs>
 PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], float* row_max, float* row_sum,
                                 float* alpha) {
@@ -466,7 +478,8 @@ PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], 
     }
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) store(row_sum + j * kLanes, load(row_sum + j * kLanes) * load(alpha + j * kLanes) + sum[j]);
+  for (int j = 0; j < kVecs; ++j)
+    store(row_sum + j * kLanes, load(row_sum + j * kLanes) * load(alpha + j * kLanes) + sum[j]);
 }
 
 // Adds the values that `hide_not_finite` took out, for the queries that do see them.
@@ -521,8 +534,7 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
   for_row_tiles(Dv, [&](int e, auto rows) {
     output_tile<kDot<T>, rows(), kVecs>(segment.v + e, segment.v_row, rows_of_v, s, w.alpha + lane, o + e * kTileLanes);
   });
-  if (segment.not_finite_count > 0)
-    add_not_finite(segment, value, p.value_stride.l, Dv, s, live, kPanels * kPanel, o);
+  if (segment.not_finite_count > 0) add_not_finite(segment, value, p.value_stride.l, Dv, s, live, kPanels * kPanel, o);
 }
 
 template <class T, int kPanels = kMaxPanels>
@@ -534,7 +546,8 @@ PYATTN_INLINE void call_tile_step(int panels, const AttentionParams& p, const Wo
     call_tile_step<T, kPanels - 1>(panels, p, w, segment, value, lane, has_bias);
 }
 
-// ---- one block of queries ----------------------------------------------------------------------------------------
+// ---- one block of queries
+// ----------------------------------------------------------------------------------------
 
 // out = O / sum, transposed back; lse = log(sum) + maximum.
 template <class T>
@@ -656,8 +669,7 @@ void forward(const AttentionParams& p, int threads) {
     if constexpr (kDot<T>) {
       const int64_t from = ranges.row(0).lo / 2 * 2, to = ranges.row(p.Lq - 1).hi;
       const int64_t stride = p.value_stride.l;
-      if (from < to)
-        interleave_rows(head.value + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv);
+      if (from < to) interleave_rows(head.value + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv);
     }
     for (int64_t i = task % slices; i < all_blocks; i += slices)
       forward_block(p, w, ranges, head, i / blocks, (blocks - 1 - i % blocks) * kBlockM);
@@ -671,10 +683,14 @@ void attention_forward(const AttentionParams& p, int threads) {
   const double flops = 2.0 * static_cast<double>(p.B * p.Hq * p.Lq) * static_cast<double>(p.Lk * (p.D + p.Dv));
   if (flops < 5e6) threads = 1;
   switch (p.dtype) {
-    case DType::f32: return forward<float>(p, threads);
-    case DType::bf16: return forward<bf16>(p, threads);
-    case DType::f16: return forward<f16>(p, threads);
-    case DType::boolean: return;
+    case DType::f32:
+      return forward<float>(p, threads);
+    case DType::bf16:
+      return forward<bf16>(p, threads);
+    case DType::f16:
+      return forward<f16>(p, threads);
+    case DType::boolean:
+      return;
   }
 }
 

@@ -7,9 +7,7 @@
 
 namespace pyattn {
 
-constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2;
-}
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
 
 // What every instruction set provides. `peak_gflops` measures the rate of multiply-adds of one thread, with
 // the bfloat16 dot product where `dtype` is bfloat16 and there is one.
@@ -19,10 +17,10 @@ struct CpuKernels {
   double (*peak_gflops)(DType dtype);
 };
 
-#define PYATTN_DECLARE(ISA)                                   \
-  namespace ISA {                                             \
+#define PYATTN_DECLARE(ISA)                                    \
+  namespace ISA {                                              \
   void attention_forward(const AttentionParams&, int threads); \
-  double peak_gflops(DType dtype);                            \
+  double peak_gflops(DType dtype);                             \
   }
 PYATTN_DECLARE(avx512_bf16)
 PYATTN_DECLARE(avx512)

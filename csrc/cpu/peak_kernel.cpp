@@ -1,4 +1,5 @@
-// The rate of multiply-adds that one core reaches with all operands in registers: what a kernel is measured against.
+// The rate of multiply-adds that one core reaches with all operands in registers: what a kernel is measured
+// against.
 #include <chrono>
 
 #include "isa.h"

@@ -1,7 +1,7 @@
 // One vector of floats for each instruction set, with the few operations that plain C++ cannot say well.
 //
-// Everything else (arithmetic, comparisons, `mask ? a : b`) is written with GCC's vector types. A translation unit
-// sees exactly one instruction set, in a namespace of its own: PYATTN_ISA.
+// Everything else (arithmetic, comparisons, `mask ? a : b`) is written with GCC's vector types. A translation
+// unit sees exactly one instruction set, in a namespace of its own: PYATTN_ISA.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,20 +20,20 @@ namespace pyattn::PYATTN_ISA {
 
 #if defined(PYATTN_ISA_AVX512_BF16) || defined(PYATTN_ISA_AVX512)
 #define PYATTN_AVX512 1
-constexpr int kLanes = 16;         // floats in a vector
-constexpr int kMaxPanels = 4;      // panels of 16 queries in one register tile
-constexpr int kMaxRows = 6;        // rows of a register tile: 6 x 4 accumulators of 32 registers
+constexpr int kLanes = 16;     // floats in a vector
+constexpr int kMaxPanels = 4;  // panels of 16 queries in one register tile
+constexpr int kMaxRows = 6;    // rows of a register tile: 6 x 4 accumulators of 32 registers
 #elif defined(PYATTN_ISA_AVX2)
 constexpr int kLanes = 8;
 constexpr int kMaxPanels = 1;
-constexpr int kMaxRows = 6;        // 6 x 2 accumulators of 16 registers
+constexpr int kMaxRows = 6;  // 6 x 2 accumulators of 16 registers
 #else
 constexpr int kLanes = 4;
 constexpr int kMaxPanels = 1;
 #ifdef __aarch64__
-constexpr int kMaxRows = 6;        // 6 x 4 accumulators of 32 registers
+constexpr int kMaxRows = 6;  // 6 x 4 accumulators of 32 registers
 #else
-constexpr int kMaxRows = 2;        // 2 x 4 accumulators of 16 registers
+constexpr int kMaxRows = 2;  // 2 x 4 accumulators of 16 registers
 #endif
 #endif
 
@@ -68,8 +68,8 @@ PYATTN_INLINE vi broadcast(int32_t x) { return vi{x, x, x, x}; }
 PYATTN_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 #endif
 
-// 2^x for x <= 0 or little above; 0 for -inf, NaN for NaN. A minimax polynomial on [-1/2, 1/2] with p(0) = 1; the
-// relative error is 1.6e-7.
+// 2^x for x <= 0 or little above; 0 for -inf, NaN for NaN. A minimax polynomial on [-1/2, 1/2] with p(0) = 1;
+// the relative error is 1.6e-7.
 PYATTN_INLINE vf exp2(vf x) {
   constexpr float c[] = {1.f, 0.693146978f, 0.240222421f, 0.0555073374f, 0.00967151279f, 0.00132647273f};
 #if defined(PYATTN_AVX512)
@@ -91,7 +91,8 @@ PYATTN_INLINE vf exp2(vf x) {
 #endif
 }
 
-// ---- 16-bit floats -----------------------------------------------------------------------------------------------
+// ---- 16-bit floats
+// -----------------------------------------------------------------------------------------------
 
 struct bf16 {
   uint16_t bits;
@@ -190,8 +191,8 @@ PYATTN_INLINE void store_floats(bf16* p, vf x) {
 }
 #endif
 
-// ---- transposes --------------------------------------------------------------------------------------------------
-
+// ---- transposes
+// --------------------------------------------------------------------------------------------------
 
 // One step of a transpose: exchanges the off-diagonal blocks of size kStep between two rows.
 template <int kStep>

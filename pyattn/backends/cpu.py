@@ -30,7 +30,7 @@ _LATER = {  # members of the spec without a kernel
     "cu_seqlens_q": "packed sequences",
 }
 _UNLIMITED = -1
-_NO_STRIDES = (0, 0, 0, 0)
+_NO_STRIDES: tuple[int, ...] = (0, 0, 0, 0)
 
 
 def available_isas() -> list[str]:

@@ -76,9 +76,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.apply(_initialise)
         for name, parameter in self.blocks.named_parameters():
-            if name.endswith(
-                ("project.weight", "mlp.2.weight")
-            ):  # they sum into one stream: keep its variance
+            if name.endswith(("project.weight", "mlp.2.weight")):  # they sum into one stream: keep its variance
                 nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
