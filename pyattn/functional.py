@@ -164,6 +164,7 @@ def attention(
         (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
     """
     backend = dispatch.check_backend(backend)
+    checks.check_bool("return_lse", return_lse)
     spec, tensors = _dense(
         query,
         key,
@@ -235,6 +236,7 @@ def attention_varlen(
         torch.Size([10, 4, 32])
     """
     backend = dispatch.check_backend(backend)
+    checks.check_bool("return_lse", return_lse)
     paged = block_table is not None
     checks.check_qkv(query, key, value, packed=True, paged=paged)
     checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query, None)
@@ -317,11 +319,15 @@ def scaled_dot_product_attention(
     """
     checks.check_bool("is_causal", is_causal)
     checks.check_bool("enable_gqa", enable_gqa)
-    if isinstance(scale, Tensor):
+    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad:
         scale = scale.item()
     q_offset = 0 if is_causal else None
+    if attn_mask is not None:
+        checks.check_tensor("attn_mask", attn_mask, (torch.bool, *checks.FLOAT_DTYPES))
+        if attn_mask.dim() < 2:
+            raise ValueError(f"attn_mask must have at least two dimensions [..., Lq, Lk], got {list(attn_mask.shape)}")
     plain = isinstance(query, Tensor) and query.dim() == 4 and isinstance(key, Tensor) and isinstance(value, Tensor)
-    if plain and query.shape[:2] == key.shape[:2] == value.shape[:2] and (attn_mask is None or attn_mask.dim() > 1):
+    if plain and query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return attention(
             query,
             key,
@@ -376,9 +382,6 @@ def _to_four_dimensions(
     query, key, value = fold(query), fold(key), fold(value)
     lead = torch.Size((*lead, query.shape[1])) if enable_gqa else lead
     if attn_mask is not None:
-        checks.check_tensor("attn_mask", attn_mask, (torch.bool, *checks.FLOAT_DTYPES))
-        if attn_mask.dim() < 2:
-            raise ValueError(f"attn_mask must have at least two dimensions [..., Lq, Lk], got {list(attn_mask.shape)}")
         sizes = (*lead, query.shape[2], key.shape[2])
         surplus = len(sizes) - attn_mask.dim()
         aligned = (1,) * max(surplus, 0) + tuple(attn_mask.shape)
@@ -411,6 +414,7 @@ def naive_attention(
     """
     if backend is not None:
         raise ValueError(f"backend must be None for naive_attention, got {backend!r}")
+    checks.check_bool("return_lse", return_lse)
     spec, tensors = _dense(query, key, value, **arguments)
     checks.check_values(tensors, None, None)
     out, lse = reference.naive_attention(spec, tensors, return_lse)

@@ -98,7 +98,6 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         *tensors, out, lse = ctx.saved_tensors
         *spec, backend = ctx.numbers
@@ -110,6 +109,19 @@ class _Attention(torch.autograd.Function):
             if ctx.needs_input_grad[i]:
                 grads[i] = grad
         return tuple(grads)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """The gradients, which remember that they depend on their inputs, and say so when that is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward_op(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        raise NotImplementedError("pyattn::attention_backward has no derivative: second derivatives are not supported")
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:
@@ -126,7 +138,7 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and _any_requires_grad(args):
-        raise NotImplementedError("pyattn::attention_backward has no derivative: second derivatives are not supported")
+        return _AttentionBackward.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return _backward_op(*args)
 

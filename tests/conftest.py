@@ -1,0 +1,89 @@
+"""Fixtures: engines (a native backend on one instruction set), seeds, threads, and poisoned memory."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from pyattn.backends import cpu
+from pyattn.testing import run
+
+
+class Engine(NamedTuple):
+    """A native backend, on one instruction set where it has several."""
+
+    backend: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return self.isa or self.backend
+
+    def run(self, kwargs: dict[str, Any], **overrides: Any) -> Any:
+        """``testing.run`` on this backend with two threads; skips only if ``why_not`` has a reason."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            return run(kwargs, **{"backend": self.backend, **overrides})
+        except NotImplementedError as error:
+            if f"backend {self.backend!r} cannot compute this forward" not in str(error):
+                raise
+            pytest.skip(str(error))
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _engines() -> list[Engine]:
+    isas: list[str | None] = [None] if cpu.unavailable() else list(cpu.available_isas())
+    return [Engine("cpu", isa) for isa in isas]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # derandomize: the same examples on every run, so that a failure is not a matter of luck.
+    common = {
+        "derandomize": True,
+        "database": None,
+        "deadline": None,
+        # An engine and a seed stay the same for all examples of a test, and that is meant.
+        "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    }
+    settings.register_profile("default-run", max_examples=25, **common)
+    settings.register_profile("exhaustive", max_examples=400, **common)
+    everything = "not exhaustive" not in config.getoption("markexpr")
+    settings.load_profile("exhaustive" if everything else "default-run")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine" in metafunc.fixturenames:
+        metafunc.parametrize("engine", _engines(), indirect=True, ids=str)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Any:
+    """Each native backend on each instruction set that this machine has."""
+    chosen: Engine = request.param
+    if chosen.isa is None and cpu.unavailable():
+        pytest.skip("; ".join(cpu.unavailable()))
+    with cpu.use_isa(chosen.isa) if chosen.isa else contextlib.nullcontext():
+        yield chosen
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed_and_threads() -> Any:
+    torch.manual_seed(0)
+    # For the reference on small inputs: on a busy machine two threads mostly wait for each other.
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Any:
+    """``torch.empty`` gives NaN, so an output element that nobody writes does not pass for a right one."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
