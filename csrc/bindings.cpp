@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <array>
 #include <optional>
 
@@ -56,7 +55,7 @@ void attention_forward(const std::string& isa, int threads, int dtype, const std
   p.kv_lengths = pointer<int64_t>(kv_lengths);
   p.kv_starts = pointer<int64_t>(kv_starts);
   p.bottom_right = !q_offset;
-  p.q_offset = std::clamp(q_offset.value_or(0), -kUnlimited, kUnlimited);
+  p.q_offset = q_offset.value_or(0);
   p.window_left = window_side(window_left);
   p.window_right = window_side(window_right);
   p.scale = static_cast<float>(scale);

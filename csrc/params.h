@@ -37,29 +37,33 @@ struct AttentionParams {
 // Far above any length, and far enough below 2^63 that sums of two do not overflow.
 constexpr int64_t kUnlimited = int64_t{1} << 61;
 
-// The keys that one query row may see: [lo, hi), empty where lo >= hi.
+// The keys that one query row may see: [lo, hi) within [0, Lk], empty where lo == hi.
 struct KeyRange {
   int64_t lo, hi;
 };
 
-// Twin of `key_range` in pyattn/reference.py.
+// Twin of `key_range` in pyattn/reference.py. Both ends rise with the row.
 struct KeyRanges {
-  int64_t start, length, offset, left, right;
+  int64_t start, length, offset, left, right, Lk;
 
   KeyRanges(const AttentionParams& p, int64_t b)
       : start(p.kv_starts ? p.kv_starts[b] : 0),
         length(p.kv_lengths ? p.kv_lengths[b] : p.Lk),
-        offset(p.q_offsets      ? p.q_offsets[b]
-               : p.bottom_right ? length - p.Lq
-                                : p.q_offset),
+        offset(clamped(p.q_offsets      ? p.q_offsets[b]
+                       : p.bottom_right ? length - p.Lq
+                                        : p.q_offset)),
         left(p.window_left),
-        right(p.window_right) {}
+        right(p.window_right),
+        Lk(p.Lk) {}
+
+  static int64_t clamped(int64_t x) { return x < -kUnlimited ? -kUnlimited : x > kUnlimited ? kUnlimited : x; }
 
   KeyRange row(int64_t i) const {
     const int64_t pos = i + offset;
-    const int64_t lo = pos - left > start ? pos - left : start;
-    const int64_t hi = pos + right + 1 < length ? pos + right + 1 : length;
-    return {lo, hi > lo ? hi : lo};
+    const int64_t first = pos - left > start ? pos - left : start;
+    const int64_t last = pos + right + 1 < length ? pos + right + 1 : length;
+    const int64_t lo = first < Lk ? first : Lk;
+    return {lo, last > lo ? last : lo};
   }
 };
 

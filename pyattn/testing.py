@@ -67,6 +67,7 @@ CASES = [
     Case("window, both sides", Lq=150, Lk=170, window=(17, 23)),
     Case("window, narrow", Lq=100, Lk=100, window=(0, 0)),
     Case("window, right only", Lq=90, Lk=70, window=(None, 9), q_offset=3),
+    Case("window, rows past the keys", Lq=60, Lk=30, window=(5, 0), q_offset=10),
     Case("window, causal", Lq=100, Lk=300, window=(100, 7), causal=True),
     Case("head dim 1", D=1),
     Case("head dim 33", D=33, causal=True),

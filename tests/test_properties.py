@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pyattn.testing import Case, assert_close, make_inputs, run, to_dtype
+from pyattn.testing import Case, make_inputs, run, to_dtype
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**31)
@@ -65,13 +65,39 @@ def select(kwargs, axis, index):
     return {name: pick(name, x) for name, x in kwargs.items()}
 
 
+# Rows far beyond the last key: their empty range must not take the kernel past the end of the keys.
+BEYOND = Case("beyond", B=1, Hq=1, Hkv=1, Lq=64, Lk=1, D=16, Dv=16, window=(0, None), q_offset=0)
+
+
+@example(BEYOND, torch.bfloat16, 0)
 @given(cases(), DTYPES, SEEDS)
-def test_right_by_the_rule(engine, case, dtype, seed):
+def test_right_within_an_a_priori_bound(engine, case, dtype, seed):
+    """The rule of ``assert_close`` compares samples of errors. Here a result may have a single element, so the
+    measure is the mean of abs(v) under the same weights, of which every rounding is a small part."""
     kwargs = make_inputs(case, dtype, seed=seed)
-    actual, emulated = engine.run(kwargs, return_lse=True), run(kwargs, backend="reference", return_lse=True)
-    truth = run(to_dtype(kwargs, torch.float64), return_lse=True)
-    for name, *tensors in zip(("out", "lse"), actual, emulated, truth, strict=True):
-        assert_close(*tensors, name=name)
+    exact = to_dtype(kwargs, torch.float64)
+    out, lse = engine.run(kwargs, return_lse=True)
+    true_out, true_lse = run(exact, return_lse=True)
+    size = run(exact | {"value": exact["value"].abs()})
+    assert ((out - true_out).abs() <= (torch.finfo(dtype).eps + 1e-5) * size + torch.finfo(dtype).tiny).all()
+    assert torch.equal(lse == -torch.inf, true_lse == -torch.inf)
+    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)
+
+
+@example(BEYOND, torch.bfloat16, 0)
+@given(cases(), DTYPES, SEEDS)
+def test_nothing_outside_a_view_is_read_or_written(engine, case, dtype, seed):
+    """The inputs lie in tensors of NaN, of which a stray read shows, and a write too."""
+    kwargs = make_inputs(case, dtype, seed=seed)
+    around, inside = {}, {}
+    for name in ("query", "key", "value"):
+        x = kwargs[name]
+        around[name] = torch.full([n + 2 for n in x.shape], torch.nan, dtype=dtype)
+        inside[name] = around[name][1:-1, 1:-1, 1:-1, 1:-1].copy_(x)
+    for x, y in zip(engine.run(kwargs | inside, return_lse=True), engine.run(kwargs, return_lse=True), strict=True):
+        assert torch.equal(x, y)
+    for name in inside:
+        assert int(around[name].isfinite().sum()) == inside[name].numel()
 
 
 @given(cases(), SEEDS, st.data())
@@ -230,4 +256,6 @@ def test_the_output_is_dense_in_the_querys_order(engine, case, dtype):
     with FakeTensorMode() as mode:
         fake = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in kwargs.items()}
         for real, faked in zip((out, lse), run(fake, return_lse=True), strict=True):
-            assert (faked.shape, faked.stride(), faked.dtype) == (real.shape, real.stride(), real.dtype)
+            assert (faked.shape, faked.dtype) == (real.shape, real.dtype)
+            # The stride of a dimension of size 1 means nothing, and torch's own fakes differ there.
+            assert all(n == 1 or s == t for n, s, t in zip(real.shape, real.stride(), faked.stride(), strict=True))

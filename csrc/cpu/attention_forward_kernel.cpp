@@ -124,7 +124,7 @@ PYATTN_INLINE vf broadcast_word(const char* p) {
 template <class T>
 PYATTN_INLINE vf load_words(const T* row) {
   if constexpr (kDot<T>)
-    return load_unaligned(reinterpret_cast<const float*>(row));
+    return load_unaligned(row);
   else
     return load_floats(row);
 }
@@ -613,8 +613,8 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
   }
   for (int i = 0; i < live_lanes; ++i) {
     const KeyRange range = i < rows ? ranges.row(first_query + i) : KeyRange{0, 0};
-    w.lo[i] = min_int(range.lo, p.Lk);
-    w.hi[i] = min_int(range.hi, p.Lk);
+    w.lo[i] = static_cast<int32_t>(range.lo);
+    w.hi[i] = static_cast<int32_t>(range.hi);
     w.row_max[i] = -kInf;
     w.row_sum[i] = 0;
   }

@@ -45,11 +45,10 @@ constexpr bool kHasBf16Dot = false;
 
 typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
-typedef float vf_unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t vi_unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float vf_unaligned __attribute__((vector_size(4 * kLanes), aligned(1), may_alias));
 
 PYATTN_INLINE vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
-PYATTN_INLINE vf load_unaligned(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+PYATTN_INLINE vf load_unaligned(const void* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 PYATTN_INLINE void store(float* p, vf x) { *reinterpret_cast<vf*>(p) = x; }
 PYATTN_INLINE void store_unaligned(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 PYATTN_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi*>(p); }
