@@ -77,5 +77,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "peak_gflops", [](const std::string& isa, int dtype) { return kernels_for(isa).peak_gflops(dtype_of(dtype)); },
       py::call_guard<py::gil_scoped_release>());
+  m.attr("BLOCK_M") = kBlockM;
+  m.attr("BLOCK_N") = kBlockN;
   m.def("scratch_peak_bytes", &scratch_peak_bytes);
 }

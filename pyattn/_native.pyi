@@ -1,5 +1,8 @@
 from collections.abc import Sequence
 
+BLOCK_M: int
+BLOCK_N: int
+
 def attention_forward(
     isa: str,
     threads: int,

@@ -1,57 +1,29 @@
 // Attention forward on a CPU: tiled online softmax over blocks of 64 queries of one head.
 //
-// Lanes are queries. A block computes S^T = K Q^T and O^T += V^T P^T, so keys and values are read where they
-// lie, one scalar broadcast at a time, and maximum, sum and rescale of the softmax are vertical operations
-// without a horizontal reduction. Only the queries and the output are transposed, in registers, once a block.
+// Lanes are queries. A block computes S^T = K Q^T and O^T += V^T P^T, so keys and values are read where they lie, one
+// scalar broadcast at a time, and maximum, sum and rescale of the softmax are vertical operations without a
+// horizontal reduction. Only the queries and the output are transposed, in registers, once a block.
 //
-//   block   64 queries; lanes in panels of 16; 1 register tile of 4 panels (AVX-512) or 4 tiles of 1 panel
-//   tile    kMaxRows keys (or value columns) x the live panels, all accumulators in registers
-//   segment a run of keys for which K and V are staged at once: up to kBlockN where every query of the block
-//   sees
-//           every key, strips of 16 along the edges of the structured mask, where dead panels are left out
+//   block    64 queries: 1 register tile of 4 panels of 16 lanes (AVX-512), or 4 tiles of 1 panel
+//   tile     kMaxRows keys (or value columns) x the live panels: see tiles.h
+//   segment  keys for which K and V are staged at once: kBlockN where every query of the block sees every key, strips
+//            of 16 along the edges of the structured mask, where dead panels are left out
 //
-// Float16, and bfloat16 where there is no bfloat16 dot product, are converted to float a segment at a time.
-// With the dot product, K and Q are read as pairs along d, and V is interleaved into pairs of keys, once for
-// all the blocks of a head that a thread takes; segments begin at even keys. Scores live in units of log2:
-// exp(x) = 2^(x log2 e).
+// Float16, and bfloat16 where there is no bfloat16 dot product, are converted to float a segment at a time. With the
+// dot product, K and Q are read as pairs along d, and V is interleaved into pairs of keys, once for all the blocks of
+// a head that a thread takes; segments begin at even keys.
 #include <cmath>
-#include <limits>
-#include <type_traits>
 
 #include "../parallel.h"
 #include "../scratch.h"
-#include "isa.h"
-#include "vec.h"
+#include "operands.h"
 
 namespace pyattn::PYATTN_ISA {
 namespace {
 
-constexpr int kPanel = 16;
-constexpr int kPanelVecs = kPanel / kLanes;
-constexpr int kTileLanes = kPanel * kMaxPanels;
-constexpr int kBlockM = 64;
 constexpr int kTiles = kBlockM / kTileLanes;
-constexpr int kBlockN = 192;
 constexpr int kStrip = 16;
-constexpr int kMaxSum = 128;
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kLog2e = 1.44269504088896341f;
 constexpr double kLn2 = 0.69314718055994531;
-constexpr float kMinBias = -2.3e38f;  // finite biases are clamped here: times log2(e) it is still finite
-
-template <class T>
-constexpr bool kDot = kHasBf16Dot && std::is_same_v<T, bf16>;
-
-PYATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Words of a transposed query: floats, or pairs of bfloat16. Whole vectors of them, so that transposes need
-// no end.
-template <class T>
-PYATTN_INLINE int64_t query_words(int64_t D) {
-  return round_up(kDot<T> ? (D + 1) / 2 : D, kLanes);
-}
-
-PYATTN_INLINE int min_int(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
 // What one thread works in.
 struct Workspace {
@@ -101,96 +73,6 @@ struct Segment {
                          // masked
   int not_finite[kBlockN];
 };
-
-// ---- operands
-// ----------------------------------------------------------------------------------------------------
-
-template <bool kIsDot>
-PYATTN_INLINE vf multiply_add(vf c, vf a, vf b) {
-#ifdef PYATTN_ISA_AVX512_BF16
-  if constexpr (kIsDot) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
-#endif
-  return c + a * b;
-}
-
-// A 32-bit word, a float or a pair of bfloat16, into every lane.
-PYATTN_INLINE vf broadcast_word(const char* p) {
-  float word;
-  std::memcpy(&word, p, 4);
-  return broadcast(word);
-}
-
-// kLanes words: floats, or pairs of bfloat16 along the row.
-template <class T>
-PYATTN_INLINE vf load_words(const T* row) {
-  if constexpr (kDot<T>)
-    return load_unaligned(row);
-  else
-    return load_floats(row);
-}
-
-// The queries of a block, transposed to [tile][word][lane]; lanes past `rows` and words past the end are 0.
-template <class T>
-void pack_queries(const T* query, int64_t stride, int rows, int size, float* out) {
-  constexpr int kColumns = kLanes * (kDot<T> ? 2 : 1);  // of a square block of words
-  const int64_t words = query_words<T>(size);
-  for (int lane = 0; lane < rows; lane += kLanes) {
-    float* column = out + lane / kTileLanes * words * kTileLanes + lane % kTileLanes;
-    for (int first = 0; first < size; first += kColumns, column += kLanes * kTileLanes) {
-      const T* in = query + lane * stride + first;
-      int64_t in_stride = stride;
-      alignas(64) T padded[kLanes * kColumns];
-      if (lane + kLanes > rows || first + kColumns > size) {
-        const size_t bytes = static_cast<size_t>(min_int(kColumns, size - first)) * sizeof(T);
-        for (int i = 0; i < kLanes; ++i) {
-          for (int c = 0; c < kColumns; ++c) padded[i * kColumns + c] = T{};
-          if (lane + i < rows) std::memcpy(padded + i * kColumns, in + i * stride, bytes);
-        }
-        in = padded;
-        in_stride = kColumns;
-      }
-      vf block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load_words(in + i * in_stride);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(column + i * kTileLanes, block[i]);
-    }
-  }
-}
-
-template <class T>
-void convert_rows(const T* in, int64_t stride, int rows, int size, float* out) {
-  for (int r = 0; r < rows; ++r, in += stride, out += size) {
-    int e = 0;
-    for (; e + kLanes <= size; e += kLanes) store_unaligned(out + e, load_floats(in + e));
-    for (; e < size; ++e) out[e] = to_float(in[e]);
-  }
-}
-
-// Two rows of values become one row of pairs; an odd last row is paired with zeros.
-[[maybe_unused]] void interleave_rows(const bf16* in, int64_t stride, int64_t rows, int64_t size, float* out) {
-  for (int64_t r = 0; r < rows; r += 2, out += size) {
-    const bf16 *a = in + r * stride, *b = a + stride;
-    const bool pair = r + 1 < rows;
-    uint32_t* words = reinterpret_cast<uint32_t*>(out);
-    int64_t e = 0;
-#ifdef PYATTN_AVX512
-    for (; e + kLanes <= size; e += kLanes) {
-      const auto widen = [&](const bf16* p) {
-        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + e)));
-      };
-      const __m512i high = pair ? _mm512_slli_epi32(widen(b), 16) : _mm512_setzero_si512();
-      _mm512_storeu_si512(words + e, _mm512_or_si512(widen(a), high));
-    }
-#endif
-    for (; e < size; ++e) words[e] = a[e].bits | uint32_t{pair ? b[e].bits : uint16_t{0}} << 16;
-  }
-}
-
-PYATTN_INLINE bool not_finite(float x) { return (float_to_bits(x) & 0x7f800000) == 0x7f800000; }
-PYATTN_INLINE bool not_finite(bf16 x) { return (x.bits & 0x7f80) == 0x7f80; }
-PYATTN_INLINE bool not_finite(f16 x) { return (x.bits & 0x7c00) == 0x7c00; }
 
 // 0 * NaN is NaN: where a key is masked for some query, a value that is not finite must stay out of the
 // matrix product. Lists such rows, and returns values that have zeros in their place.
@@ -242,244 +124,6 @@ void stage(const AttentionParams& p, const T* key, const T* value, bool masked, 
     segment.v = w.v;
     segment.v_row = Dv;
   }
-}
-
-// ---- register tiles
-// ----------------------------------------------------------------------------------------------
-
-// Calls f with rows as a compile-time constant, over runs of at most kMaxRows that are as even as they can
-// be: the accumulators of a short last run would wait for each other.
-template <int kRows = kMaxRows, class F>
-PYATTN_INLINE void call_with_rows(int rows, const F& f) {
-  if (rows == kRows)
-    f(std::integral_constant<int, kRows>{});
-  else if constexpr (kRows > 1)
-    call_with_rows<kRows - 1>(rows, f);
-}
-
-template <class F>
-PYATTN_INLINE void for_row_tiles(int count, const F& f) {
-  for (int i = 0; i < count;) {
-    const int left = count - i;
-    const int rows = left >= 2 * kMaxRows || left == kMaxRows ? kMaxRows : left > kMaxRows ? (left + 1) / 2 : left;
-    call_with_rows(rows, [&](auto constant) { f(i, constant); });
-    i += rows;
-  }
-}
-
-// s[i][lane] = scale * sum over words of k[i][word] * q[word][lane]; raises `largest` to the scores. Long
-// sums are made of partial sums of at most kMaxSum words, since the error of a running sum grows with its
-// length.
-template <bool kIsDot, int kRows, int kVecs>
-PYATTN_INLINE void score_tile(const char* k, int64_t row_bytes, int size, const float* q, float scale, float* s,
-                              vf (&largest)[kVecs]) {
-  vf c[kRows][kVecs];
-  const auto step = [&](const float* q_row, const auto& word) __attribute__((always_inline)) {
-    vf b[kVecs];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) b[j] = load(q_row + j * kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      const vf a = word(k + i * row_bytes);
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) c[i][j] = multiply_add<kIsDot>(c[i][j], a, b[j]);
-    }
-  };
-  const int words = kIsDot ? size / 2 : size;
-  int w = 0;
-  do {
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) c[i][j] = vf{};
-    const int first = w, end = words - w > kMaxSum ? w + kMaxSum : words;
-#pragma GCC unroll 2
-    for (; w < end; ++w)
-      step(q + w * kTileLanes,
-           [w](const char* row) __attribute__((always_inline)) { return broadcast_word(row + 4 * w); });
-    if (kIsDot && size % 2 && w == words) {
-      step(q + words * kTileLanes, [words](const char* row) __attribute__((always_inline)) {
-        uint16_t last;
-        std::memcpy(&last, row + 4 * words, 2);
-        return broadcast(bits_to_float(last));
-      });
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) {
-        float* score = s + i * kTileLanes + j * kLanes;
-        if (first) c[i][j] += load(score);
-        if (w < words) {
-          store(score, c[i][j]);
-        } else {
-          const vf x = c[i][j] * broadcast(scale);
-          largest[j] = max(largest[j], x);
-          store(score, x);
-        }
-      }
-    }
-  } while (w < words);
-}
-
-// o[i][lane] = o[i][lane] * alpha[lane] + sum over key rows of v[row][i] * p[row][lane]
-template <bool kIsDot, int kRows, int kVecs>
-PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const float* p, const float* alpha, float* o) {
-  vf c[kRows][kVecs] = {};
-#pragma GCC unroll 2
-  for (int r = 0; r < rows; ++r) {
-    vf b[kVecs];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) b[j] = load(p + r * kTileLanes + j * kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      const vf a = broadcast_word(reinterpret_cast<const char*>(v + r * v_row + i));
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) c[i][j] = multiply_add<kIsDot>(c[i][j], a, b[j]);
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
-      float* out = o + i * kTileLanes + j * kLanes;
-      store(out, load(out) * load(alpha + j * kLanes) + c[i][j]);
-    }
-  }
-}
-
-// ---- masks
-// -------------------------------------------------------------------------------------------------------
-
-template <class M>
-PYATTN_INLINE float bias_of(M x) {
-  const float bias = to_float(x);
-  return bias == -kInf ? bias : (bias < kMinBias ? kMinBias : bias) * kLog2e;
-}
-PYATTN_INLINE float bias_of(bool attend) { return attend ? 0.f : -kInf; }
-
-// attn_mask of `keys` keys and the tile's queries, transposed to [key][lane] and in log2 units.
-template <class M>
-void load_bias(const M* mask, int64_t stride_q, int64_t stride_k, int queries, int keys, float* bias) {
-  if (stride_q == 0) {
-    for (int r = 0; r < keys; ++r) {
-      const vf value = broadcast(bias_of(mask[r * stride_k]));
-      for (int lane = 0; lane < kTileLanes; lane += kLanes) store(bias + r * kTileLanes + lane, value);
-    }
-    return;
-  }
-  for (int lane = 0; lane < kTileLanes && lane < queries; lane += kLanes) {
-    for (int r = 0; r < keys; r += kLanes) {
-      alignas(64) float values[kLanes][kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const M* row = mask + (lane + i) * stride_q + r * stride_k;
-        const int count = lane + i < queries ? min_int(kLanes, keys - r) : 0;
-        if (stride_k == 1 && count == kLanes) {
-          for (int j = 0; j < kLanes; ++j) values[i][j] = bias_of(row[j]);
-        } else {
-          for (int j = 0; j < kLanes; ++j) values[i][j] = j < count ? bias_of(row[j * stride_k]) : 0;
-        }
-      }
-      vf block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(values[i]);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(bias + (r + i) * kTileLanes + lane, block[i]);
-    }
-  }
-}
-
-void load_bias(const AttentionParams& p, const char* mask, int64_t query, int64_t key, int queries, int keys,
-               float* bias) {
-  const int64_t offset = query * p.mask_stride_q + key * p.mask_stride_k;
-  const auto load_as = [&](auto element) {
-    const auto* first = reinterpret_cast<const decltype(element)*>(mask) + offset;
-    load_bias(first, p.mask_stride_q, p.mask_stride_k, queries, keys, bias);
-  };
-  switch (p.mask_dtype) {
-    case DType::f32:
-      return load_as(float{});
-    case DType::bf16:
-      return load_as(bf16{});
-    case DType::f16:
-      return load_as(f16{});
-    case DType::boolean:
-      return load_as(bool{});
-  }
-}
-
-// Scores plus bias, -inf where masked; `largest` anew. A masked score may have been NaN.
-template <int kVecs>
-PYATTN_INLINE void mask_scores(float* s, const float* bias, const int32_t* lo, const int32_t* hi, int32_t key, int keys,
-                               vf (&largest)[kVecs]) {
-  const vf minus_inf = broadcast(-kInf);
-#pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) largest[j] = minus_inf;
-  for (int r = 0; r < keys; ++r) {
-    const vi this_key = broadcast(key + r);
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
-      float* score = s + r * kTileLanes + j * kLanes;
-      vf x = load(score);
-      if (bias) {
-        const vf b = load(bias + r * kTileLanes + j * kLanes);
-        x = b == minus_inf ? minus_inf : x + b;
-      }
-      x = (this_key >= load(lo + j * kLanes)) & (this_key < load(hi + j * kLanes)) ? x : minus_inf;
-      largest[j] = max(largest[j], x);
-      store(score, x);
-    }
-  }
-}
-
-// ---- one tile against one segment
-// --------------------------------------------------------------------------------
-
-// Scores to weights 2^(score - maximum), in place: floats, or with the dot product pairs of bfloat16, of
-// which row r holds keys 2r and 2r + 1. Updates maximum and sum.
-template <bool kIsDot, int kVecs>
-PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], float* row_max, float* row_sum,
-                                float* alpha) {
-  const vf minus_inf = broadcast(-kInf);
-  vf shift[kVecs], sum[kVecs] = {};
-#pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) {
-    const vf before = load(row_max + j * kLanes), now = max(before, largest[j]);
-    store(row_max + j * kLanes, now);
-    shift[j] = now == minus_inf ? vf{} : now;
-    store(alpha + j * kLanes, exp2(before - shift[j]));
-  }
-  if constexpr (kIsDot) {
-#ifdef PYATTN_ISA_AVX512_BF16
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int r = 0; r < keys; r += 2) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) {
-        const float* pair = s + r * kTileLanes + j * kLanes;
-        const vf a = exp2(load(pair) - shift[j]);
-        const vf b = r + 1 < keys ? exp2(load(pair + kTileLanes) - shift[j]) : vf{};
-        sum[j] += a + b;
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-        store(s + r / 2 * kTileLanes + j * kLanes, (vf)_mm512_permutexvar_epi16(interleave, both));
-      }
-    }
-#endif
-  } else {
-    for (int r = 0; r < keys; ++r) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) {
-        float* score = s + r * kTileLanes + j * kLanes;
-        const vf weight = exp2(load(score) - shift[j]);
-        sum[j] += weight;
-        store(score, weight);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j)
-    store(row_sum + j * kLanes, load(row_sum + j * kLanes) * load(alpha + j * kLanes) + sum[j]);
 }
 
 // Adds the values that `hide_not_finite` took out, for the queries that do see them.
@@ -545,9 +189,6 @@ PYATTN_INLINE void call_tile_step(int panels, const AttentionParams& p, const Wo
   else if constexpr (kPanels > 1)
     call_tile_step<T, kPanels - 1>(panels, p, w, segment, value, lane, has_bias);
 }
-
-// ---- one block of queries
-// ----------------------------------------------------------------------------------------
 
 // out = O / sum, transposed back; lse = log(sum) + maximum.
 template <class T>

@@ -7,6 +7,10 @@
 
 namespace pyattn {
 
+// A tile of the forward: so many queries against so many keys, with every instruction set.
+constexpr int kBlockM = 64;
+constexpr int kBlockN = 192;
+
 constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
 
 // What every instruction set provides. `peak_gflops` measures the rate of multiply-adds of one thread, with

@@ -21,7 +21,7 @@ double gflops(int flops_per_lane, const Step& step) {
 #pragma GCC unroll 12
       for (int i = 0; i < kChains; ++i) {
         c[i] = step(c[i]);
-        asm volatile("" : "+v"(c[i]));
+        hide(c[i]);
       }
     }
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
@@ -35,7 +35,8 @@ double gflops(int flops_per_lane, const Step& step) {
 
 double peak_gflops(DType dtype) {
   vf a = broadcast(0.999f), b = broadcast(1e-3f);
-  asm volatile("" : "+v"(a), "+v"(b));
+  hide(a);
+  hide(b);
 #ifdef PYATTN_ISA_AVX512_BF16
   if (dtype == DType::bf16) return gflops(4, [&](vf c) { return (vf)_mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); });
 #endif

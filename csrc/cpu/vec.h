@@ -67,6 +67,15 @@ PYATTN_INLINE vi broadcast(int32_t x) { return vi{x, x, x, x}; }
 PYATTN_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 #endif
 
+// A value of which the optimiser knows nothing, in a register.
+PYATTN_INLINE void hide(vf& x) {
+#ifdef __x86_64__
+  asm volatile("" : "+v"(x));
+#else
+  asm volatile("" : "+w"(x));
+#endif
+}
+
 // 2^x for x <= 0 or little above; 0 for -inf, NaN for NaN. A minimax polynomial on [-1/2, 1/2] with p(0) = 1;
 // the relative error is 1.6e-7.
 PYATTN_INLINE vf exp2(vf x) {
@@ -90,8 +99,7 @@ PYATTN_INLINE vf exp2(vf x) {
 #endif
 }
 
-// ---- 16-bit floats
-// -----------------------------------------------------------------------------------------------
+// ---- 16-bit floats ----
 
 struct bf16 {
   uint16_t bits;
@@ -190,8 +198,7 @@ PYATTN_INLINE void store_floats(bf16* p, vf x) {
 }
 #endif
 
-// ---- transposes
-// --------------------------------------------------------------------------------------------------
+// ---- transposes ----
 
 // One step of a transpose: exchanges the off-diagonal blocks of size kStep between two rows.
 template <int kStep>

@@ -105,7 +105,8 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def describe(problem: Problem) -> str:
-    return f"{_isa}, blocks of 64 queries x 192 keys, {torch.get_num_threads()} threads"
+    tile = f"tiles of {_native.BLOCK_M} queries x {_native.BLOCK_N} keys"
+    return f"{_isa}, {tile}, {torch.get_num_threads()} threads"
 
 
 def _address(x: Tensor | None) -> int:

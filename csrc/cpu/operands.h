@@ -1,0 +1,155 @@
+// The operands as the tiles read them: queries and masks transposed, 16-bit keys and values converted to float, or
+// values interleaved in pairs of keys for the bfloat16 dot product.
+#pragma once
+#include <type_traits>
+
+#include "../params.h"
+#include "tiles.h"
+
+namespace pyattn::PYATTN_ISA {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kMinBias = -2.3e38f;  // finite biases are clamped here: times log2(e) it is still finite
+
+template <class T>
+constexpr bool kDot = kHasBf16Dot && std::is_same_v<T, bf16>;
+
+// Words of a transposed query: floats, or pairs of bfloat16. Whole vectors of them, so that transposes need no end.
+template <class T>
+PYATTN_INLINE int64_t query_words(int64_t D) {
+  return round_up(kDot<T> ? (D + 1) / 2 : D, kLanes);
+}
+
+// kLanes words: floats, or pairs of bfloat16 along the row.
+template <class T>
+PYATTN_INLINE vf load_words(const T* row) {
+  if constexpr (kDot<T>)
+    return load_unaligned(row);
+  else
+    return load_floats(row);
+}
+
+// The queries of a block, transposed to [tile][word][lane]; lanes past `rows` and words past the end are 0.
+template <class T>
+void pack_queries(const T* query, int64_t stride, int rows, int size, float* out) {
+  constexpr int kColumns = kLanes * (kDot<T> ? 2 : 1);  // of a square block of words
+  const int64_t words = query_words<T>(size);
+  for (int lane = 0; lane < rows; lane += kLanes) {
+    float* column = out + lane / kTileLanes * words * kTileLanes + lane % kTileLanes;
+    for (int first = 0; first < size; first += kColumns, column += kLanes * kTileLanes) {
+      const T* in = query + lane * stride + first;
+      int64_t in_stride = stride;
+      alignas(64) T padded[kLanes * kColumns];
+      if (lane + kLanes > rows || first + kColumns > size) {
+        const size_t bytes = static_cast<size_t>(min_int(kColumns, size - first)) * sizeof(T);
+        for (int i = 0; i < kLanes; ++i) {
+          for (int c = 0; c < kColumns; ++c) padded[i * kColumns + c] = T{};
+          if (lane + i < rows) std::memcpy(padded + i * kColumns, in + i * stride, bytes);
+        }
+        in = padded;
+        in_stride = kColumns;
+      }
+      vf block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load_words(in + i * in_stride);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(column + i * kTileLanes, block[i]);
+    }
+  }
+}
+
+template <class T>
+void convert_rows(const T* in, int64_t stride, int rows, int size, float* out) {
+  for (int r = 0; r < rows; ++r, in += stride, out += size) {
+    int e = 0;
+    for (; e + kLanes <= size; e += kLanes) store_unaligned(out + e, load_floats(in + e));
+    for (; e < size; ++e) out[e] = to_float(in[e]);
+  }
+}
+
+// Two rows of values become one row of pairs; an odd last row is paired with zeros.
+[[maybe_unused]] void interleave_rows(const bf16* in, int64_t stride, int64_t rows, int64_t size, float* out) {
+  for (int64_t r = 0; r < rows; r += 2, out += size) {
+    const bf16 *a = in + r * stride, *b = a + stride;
+    const bool pair = r + 1 < rows;
+    uint32_t* words = reinterpret_cast<uint32_t*>(out);
+    int64_t e = 0;
+#ifdef PYATTN_AVX512
+    for (; e + kLanes <= size; e += kLanes) {
+      const auto widen = [&](const bf16* p) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + e)));
+      };
+      const __m512i high = pair ? _mm512_slli_epi32(widen(b), 16) : _mm512_setzero_si512();
+      _mm512_storeu_si512(words + e, _mm512_or_si512(widen(a), high));
+    }
+#endif
+    for (; e < size; ++e) words[e] = a[e].bits | uint32_t{pair ? b[e].bits : uint16_t{0}} << 16;
+  }
+}
+
+PYATTN_INLINE bool not_finite(float x) { return (float_to_bits(x) & 0x7f800000) == 0x7f800000; }
+PYATTN_INLINE bool not_finite(bf16 x) { return (x.bits & 0x7f80) == 0x7f80; }
+PYATTN_INLINE bool not_finite(f16 x) { return (x.bits & 0x7c00) == 0x7c00; }
+
+template <class M>
+PYATTN_INLINE float bias_of(M x) {
+  const float bias = to_float(x);
+  return bias == -kInf ? bias : (bias < kMinBias ? kMinBias : bias) * kLog2e;
+}
+PYATTN_INLINE float bias_of(bool attend) { return attend ? 0.f : -kInf; }
+
+// attn_mask of `keys` keys and the tile's queries, transposed to [key][lane] and in log2 units.
+template <class M>
+void load_bias(const M* mask, int64_t stride_q, int64_t stride_k, int queries, int keys, float* bias) {
+  if (stride_q == 0) {
+    for (int r = 0; r < keys; ++r) {
+      const vf value = broadcast(bias_of(mask[r * stride_k]));
+      for (int lane = 0; lane < kTileLanes; lane += kLanes) store(bias + r * kTileLanes + lane, value);
+    }
+    return;
+  }
+  for (int lane = 0; lane < kTileLanes && lane < queries; lane += kLanes) {
+    for (int r = 0; r < keys; r += kLanes) {
+      alignas(64) float values[kLanes][kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const M* row = mask + (lane + i) * stride_q + r * stride_k;
+        const int count = lane + i < queries ? min_int(kLanes, keys - r) : 0;
+        if (stride_k == 1 && count == kLanes) {
+          for (int j = 0; j < kLanes; ++j) values[i][j] = bias_of(row[j]);
+        } else {
+          for (int j = 0; j < kLanes; ++j) values[i][j] = j < count ? bias_of(row[j * stride_k]) : 0;
+        }
+      }
+      vf block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(values[i]);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(bias + (r + i) * kTileLanes + lane, block[i]);
+    }
+  }
+}
+
+void load_bias(const AttentionParams& p, const char* mask, int64_t query, int64_t key, int queries, int keys,
+               float* bias) {
+  const int64_t offset = query * p.mask_stride_q + key * p.mask_stride_k;
+  const auto load_as = [&](auto element) {
+    const auto* first = reinterpret_cast<const decltype(element)*>(mask) + offset;
+    load_bias(first, p.mask_stride_q, p.mask_stride_k, queries, keys, bias);
+  };
+  switch (p.mask_dtype) {
+    case DType::f32:
+      return load_as(float{});
+    case DType::bf16:
+      return load_as(bf16{});
+    case DType::f16:
+      return load_as(f16{});
+    case DType::boolean:
+      return load_as(bool{});
+  }
+}
+
+}  // namespace
+}  // namespace pyattn::PYATTN_ISA
