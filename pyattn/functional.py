@@ -326,30 +326,19 @@ def scaled_dot_product_attention(
         checks.check_tensor("attn_mask", attn_mask, (torch.bool, *checks.FLOAT_DTYPES))
         if attn_mask.dim() < 2:
             raise ValueError(f"attn_mask must have at least two dimensions [..., Lq, Lk], got {list(attn_mask.shape)}")
-    plain = isinstance(query, Tensor) and query.dim() == 4 and isinstance(key, Tensor) and isinstance(value, Tensor)
-    if plain and query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        return attention(
-            query,
-            key,
-            value,
-            causal=is_causal,
-            q_offset=q_offset,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            scale=scale,
-        )
-    lead, (query, key, value, attn_mask) = _to_four_dimensions(query, key, value, attn_mask, enable_gqa)
+    lead = None
+    if not _is_plain(query, key, value):
+        lead, (query, key, value, attn_mask) = _to_four_dimensions(query, key, value, attn_mask, enable_gqa)
     out = attention(
-        query,
-        key,
-        value,
-        causal=is_causal,
-        q_offset=q_offset,
-        attn_mask=attn_mask,
-        dropout_p=dropout_p,
-        scale=scale,
+        query, key, value, causal=is_causal, q_offset=q_offset, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
     )
-    return out.reshape(*lead, *out.shape[-2:])
+    return out if lead is None else out.reshape(*lead, *out.shape[-2:])
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Four dimensions, and nothing to broadcast: what ``attention`` takes as it is."""
+    tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+    return tensors and query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
 
 
 def _to_four_dimensions(
