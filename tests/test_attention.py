@@ -276,3 +276,18 @@ def test_reference_follows_the_definition(case):
         info = torch.iinfo(torch.int64)
         seed = int(torch.randint(info.min, info.max, (), dtype=torch.int64))
     torch.testing.assert_close((out, lse), by_definition(small(case), kwargs, seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("q_offset", [0, 1, 2, 3])
+def test_a_nan_value_stays_behind_the_diagonal(engine, dtype, q_offset):
+    """At every parity of the diagonal: kernels that read values in pairs of keys must not read one masked key more."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, length, 16, generator=generator).to(dtype) for length in (130, 141, 141))
+    for key in range(60, 72):
+        value = v.clone()
+        value[:, :, key] = torch.nan
+        out = engine.run({"query": q, "key": k, "value": value, "causal": True, "q_offset": q_offset})
+        blind = torch.arange(130) + q_offset < key
+        assert out[0, 0, blind].isfinite().all()
+        assert out[0, 0, ~blind].isnan().all()

@@ -21,14 +21,13 @@
 namespace pyattn::PYATTN_ISA {
 namespace {
 
-constexpr int kTiles = kBlockM / kTileLanes;
 constexpr int kStrip = 16;
 constexpr double kLn2 = 0.69314718055994531;
 
 // What one thread works in.
 struct Workspace {
   float* q;        // [tile][query_words][kTileLanes]: the queries, transposed
-  float* s;        // [kBlockN + 1][kTileLanes]: scores, then weights, of one tile
+  float* s;        // [kBlockN][kTileLanes]: scores, then weights, of one tile
   float* o;        // [tile][Dv rounded up][kTileLanes]: the output, transposed
   float* bias;     // [kBlockN][kTileLanes]: attn_mask of one tile, transposed
   float* k;        // [kBlockN][D]: keys converted to float
@@ -44,7 +43,7 @@ struct Workspace {
   size_t carve(void* base, const AttentionParams& p) {
     Carver carver(base);
     q = carver.take<float>(round_up(p.D, kLanes) * kBlockM);
-    s = carver.take<float>((kBlockN + 1) * kTileLanes);
+    s = carver.take<float>(kBlockN * kTileLanes);
     o = carver.take<float>(round_up(p.Dv, kLanes) * kBlockM);
     bias = carver.take<float>(p.mask ? kBlockN * kTileLanes : 0);
     k = carver.take<float>(p.dtype == DType::f32 ? 0 : kBlockN * p.D);
@@ -238,6 +237,8 @@ struct Head {
   }
 };
 
+PYATTN_INLINE int64_t even_end(int64_t key, int64_t Lk) { return key < Lk ? round_up(key, 2) : key; }
+
 template <class T>
 void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges& ranges, const Head<T>& head,
                    int64_t group_head, int64_t first_query) {
@@ -281,8 +282,9 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
     for (int64_t k = from; k < to; k += kStrip) process(k, min_int(kStrip, to - k), true);
   };
   // Keys that some query sees are [lowest, highest); those that every query sees are [inner_lo, inner_hi).
-  const int64_t lowest = w.lo[0] / 2 * 2, highest = w.hi[rows - 1];
-  const int64_t inner_lo = round_up(w.lo[rows - 1], 2), inner_hi = w.hi[0] < highest ? w.hi[0] / 2 * 2 : w.hi[0];
+  // All are even, or Lk: a pair of values never reaches over the end of a segment, where nobody looks for NaN.
+  const int64_t lowest = w.lo[0] / 2 * 2, highest = even_end(w.hi[rows - 1], p.Lk);
+  const int64_t inner_lo = round_up(w.lo[rows - 1], 2), inner_hi = w.hi[0] < p.Lk ? w.hi[0] / 2 * 2 : w.hi[0];
   if (inner_lo < inner_hi) {
     strips(lowest, inner_lo);
     for (int64_t k = inner_lo; k < inner_hi; k += kBlockN) process(k, min_int(kBlockN, inner_hi - k), false);
@@ -308,7 +310,7 @@ void forward(const AttentionParams& p, int threads) {
     const KeyRanges ranges(p, b);
     const Head<T> head(p, b, kv_head);
     if constexpr (kDot<T>) {
-      const int64_t from = ranges.row(0).lo / 2 * 2, to = ranges.row(p.Lq - 1).hi;
+      const int64_t from = ranges.row(0).lo / 2 * 2, to = even_end(ranges.row(p.Lq - 1).hi, p.Lk);
       const int64_t stride = p.value_stride.l;
       if (from < to) interleave_rows(head.value + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv);
     }
