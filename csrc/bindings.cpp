@@ -29,16 +29,16 @@ DType dtype_of(int code) {
 
 int64_t window_side(int64_t side) { return side < 0 || side > kUnlimited ? kUnlimited : side; }
 
-// Arguments in the order of `_native.attention_forward` in pyattn/backends/cpu.py. An address of 0 is "not
-// given".
-void attention_forward(const std::string& isa, int threads, int dtype, const std::array<int64_t, 7>& sizes,
-                       uintptr_t query, const std::array<int64_t, 4>& query_stride, uintptr_t key,
-                       const std::array<int64_t, 4>& key_stride, uintptr_t value,
-                       const std::array<int64_t, 4>& value_stride, uintptr_t out,
-                       const std::array<int64_t, 4>& out_stride, uintptr_t lse, uintptr_t mask, int mask_dtype,
-                       const std::array<int64_t, 4>& mask_stride, uintptr_t q_offsets, uintptr_t kv_lengths,
-                       uintptr_t kv_starts, std::optional<int64_t> q_offset, int64_t window_left, int64_t window_right,
-                       double scale) {
+// The arguments that forward and backward share, in the order of `_arguments` in pyattn/backends/cpu.py. An address of
+// 0 is "not given".
+AttentionParams attention_params(int dtype, const std::array<int64_t, 7>& sizes, uintptr_t query,
+                                 const std::array<int64_t, 4>& query_stride, uintptr_t key,
+                                 const std::array<int64_t, 4>& key_stride, uintptr_t value,
+                                 const std::array<int64_t, 4>& value_stride, uintptr_t out,
+                                 const std::array<int64_t, 4>& out_stride, uintptr_t lse, uintptr_t mask,
+                                 int mask_dtype, const std::array<int64_t, 4>& mask_stride, uintptr_t q_offsets,
+                                 uintptr_t kv_lengths, uintptr_t kv_starts, std::optional<int64_t> q_offset,
+                                 int64_t window_left, int64_t window_right, double scale) {
   AttentionParams p;
   p.dtype = dtype_of(dtype);
   const auto [B, Hq, Hkv, Lq, Lk, D, Dv] = sizes;
@@ -59,16 +59,50 @@ void attention_forward(const std::string& isa, int threads, int dtype, const std
   p.window_left = window_side(window_left);
   p.window_right = window_side(window_right);
   p.scale = static_cast<float>(scale);
-  const CpuKernels& kernels = kernels_for(isa);
-  const py::gil_scoped_release release;
-  kernels.attention_forward(p, threads);
+  return p;
+}
+
+template <class... Args>
+auto forward_binding(AttentionParams (*params)(Args...)) {
+  return [params](const std::string& isa, int threads, Args... args) {
+    const AttentionParams p = params(args...);
+    const CpuKernels& kernels = kernels_for(isa);
+    const py::gil_scoped_release release;
+    kernels.attention_forward(p, threads);
+  };
+}
+
+// The gradients' arguments come first, then those of the forward.
+template <class... Args>
+auto backward_binding(AttentionParams (*params)(Args...)) {
+  return
+      [params](const std::string& isa, int threads, uintptr_t grad_out, const std::array<int64_t, 4>& grad_out_stride,
+               uintptr_t grad_lse, uintptr_t grad_query, const std::array<int64_t, 4>& grad_query_stride,
+               uintptr_t grad_key, const std::array<int64_t, 4>& grad_key_stride, uintptr_t grad_value,
+               const std::array<int64_t, 4>& grad_value_stride, uintptr_t grad_mask,
+               const std::array<int64_t, 4>& grad_mask_sizes, Args... args) {
+        AttentionBackwardParams p;
+        static_cast<AttentionParams&>(p) = params(args...);
+        p.grad_out = pointer<void>(grad_out), p.grad_out_stride = strides(grad_out_stride);
+        p.grad_lse = pointer<float>(grad_lse);
+        p.grad_query = pointer<void>(grad_query), p.grad_query_stride = strides(grad_query_stride);
+        p.grad_key = pointer<void>(grad_key), p.grad_key_stride = strides(grad_key_stride);
+        p.grad_value = pointer<void>(grad_value), p.grad_value_stride = strides(grad_value_stride);
+        p.grad_mask = pointer<void>(grad_mask);
+        p.grad_mask_b = grad_mask_sizes[0], p.grad_mask_h = grad_mask_sizes[1];
+        p.grad_mask_q = grad_mask_sizes[2], p.grad_mask_k = grad_mask_sizes[3];
+        const CpuKernels& kernels = kernels_for(isa);
+        const py::gil_scoped_release release;
+        kernels.attention_backward(p, threads);
+      };
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   watch_forks();
-  m.def("attention_forward", &attention_forward);
+  m.def("attention_forward", forward_binding(&attention_params));
+  m.def("attention_backward", backward_binding(&attention_params));
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (const CpuKernels& kernels : available_kernels()) names.emplace_back(kernels.isa);

@@ -34,6 +34,18 @@ struct AttentionParams {
   float scale;
 };
 
+// The backward: the forward's call with its results in `out` and `lse`, and the gradients.
+struct AttentionBackwardParams : AttentionParams {
+  const void* grad_out;   // [B, Hq, Lq, Dv]
+  const float* grad_lse;  // [B, Hq, Lq], dense, or null
+  void* grad_query;       // [B, Hq, Lq, D]
+  void* grad_key;         // [B, Hkv, Lk, D]
+  void* grad_value;       // [B, Hkv, Lk, Dv]
+  Strides grad_out_stride, grad_query_stride, grad_key_stride, grad_value_stride;
+  void* grad_mask;                                             // in mask_dtype, dense, of the sizes below, or null
+  int64_t grad_mask_b, grad_mask_h, grad_mask_q, grad_mask_k;  // the size of each dimension, or 1 where it broadcasts
+};
+
 // Far above any length, and far enough below 2^63 that sums of two do not overflow.
 constexpr int64_t kUnlimited = int64_t{1} << 61;
 

@@ -1,33 +1,26 @@
 from collections.abc import Sequence
+from typing import Any
 
 BLOCK_M: int
 BLOCK_N: int
 
-def attention_forward(
+# The arguments after those named are `_arguments` of pyattn/backends/cpu.py.
+def attention_forward(isa: str, threads: int, *arguments: Any) -> None: ...
+def attention_backward(
     isa: str,
     threads: int,
-    dtype: int,
-    sizes: Sequence[int],
-    query: int,
-    query_stride: Sequence[int],
-    key: int,
-    key_stride: Sequence[int],
-    value: int,
-    value_stride: Sequence[int],
-    out: int,
-    out_stride: Sequence[int],
-    lse: int,
-    mask: int,
-    mask_dtype: int,
-    mask_stride: Sequence[int],
-    q_offsets: int,
-    kv_lengths: int,
-    kv_starts: int,
-    q_offset: int | None,
-    window_left: int,
-    window_right: int,
-    scale: float,
-    /,
+    grad_out: int,
+    grad_out_stride: Sequence[int],
+    grad_lse: int,
+    grad_query: int,
+    grad_query_stride: Sequence[int],
+    grad_key: int,
+    grad_key_stride: Sequence[int],
+    grad_value: int,
+    grad_value_stride: Sequence[int],
+    grad_mask: int,
+    grad_mask_sizes: Sequence[int],
+    *arguments: Any,
 ) -> None: ...
 def available_isas() -> list[str]: ...
 def peak_gflops(isa: str, dtype: int, /) -> float: ...

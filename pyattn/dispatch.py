@@ -36,6 +36,7 @@ class Backend(Protocol):
         lse: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
+        needs_mask_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
 
 

@@ -29,7 +29,8 @@ _NUM_ARGS = _NUM_TENSORS + len(AttentionSpec._fields)
 _library = torch.library.Library("pyattn", "DEF")
 _library.define(f"attention_forward({_TENSORS}, {_SPEC}, str backend) -> (Tensor, Tensor)")
 _library.define(
-    f"attention_backward({_TENSORS}, {_SPEC}, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, str backend)"
+    f"attention_backward({_TENSORS}, {_SPEC}, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, "
+    "bool needs_mask_grad, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _forward_op = torch.ops.pyattn.attention_forward.default
@@ -67,9 +68,8 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     spec, tensors = _unpack(args)
-    out, lse, grad_out, grad_lse = args[_NUM_ARGS:-1]
     backend = dispatch.select(Problem.of("backward", spec, tensors), args[-1])
-    dq, dk, dv, dmask, dsinks = backend.backward(spec, tensors, out, lse, grad_out, grad_lse)
+    dq, dk, dv, dmask, dsinks = backend.backward(spec, tensors, *args[_NUM_ARGS:-1])
     # An op cannot return an optional tensor: an empty one stands for "no gradient".
     nothing = [tensors.query.new_empty(0) for _ in range(2)]
     return dq, dk, dv, nothing[0] if dmask is None else dmask, nothing[1] if dsinks is None else dsinks
@@ -77,9 +77,9 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, t = _unpack(args)
-    float_mask = t.attn_mask is not None and t.attn_mask.is_floating_point()
     dq, dk, dv = (torch.empty_like(x) for x in (t.query, t.key, t.value))
-    dmask = t.attn_mask.new_empty(t.attn_mask.shape) if float_mask else t.query.new_empty(0)  # type: ignore[union-attr]
+    needs_mask_grad = args[-2]
+    dmask = t.attn_mask.new_empty(t.attn_mask.shape) if needs_mask_grad else t.query.new_empty(0)  # type: ignore[union-attr]
     dsinks = t.query.new_empty(0) if t.sinks is None else torch.empty_like(t.sinks)
     return dq, dk, dv, dmask, dsinks
 
@@ -103,7 +103,9 @@ class _Attention(torch.autograd.Function):
         *spec, backend = ctx.numbers
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        dq, dk, dv, dmask, dsinks = _backward_op(*tensors, *spec, out, lse, grad_out, grad_lse, backend)
+        needs_mask_grad = ctx.needs_input_grad[3]
+        gradients = _backward_op(*tensors, *spec, out, lse, grad_out, grad_lse, needs_mask_grad, backend)
+        dq, dk, dv, dmask, dsinks = gradients
         grads: list[Tensor | None] = [None] * (_NUM_ARGS + 1)
         for i, grad in ((0, dq), (1, dk), (2, dv), (3, dmask), (5, dsinks)):
             if ctx.needs_input_grad[i]:

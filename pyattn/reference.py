@@ -258,10 +258,13 @@ def backward(
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    needs_mask_grad: bool,
 ) -> Gradients:
-    """Gradients of query, key, value, attn_mask (None unless it is float) and sinks (None without sinks)."""
-    backward_of = _backward_dense if t.cu_seqlens_q is None else _backward_packed
-    *others, dsinks = backward_of(spec, t, out, lse, grad_out, grad_lse)
+    """Gradients of query, key, value, attn_mask (None unless it is needed) and sinks (None without sinks)."""
+    if t.cu_seqlens_q is not None:
+        *others, dsinks = _backward_packed(spec, t, out, lse, grad_out, grad_lse)
+    else:
+        *others, dsinks = _backward_dense(spec, t, out, lse, grad_out, grad_lse, needs_mask_grad)
     return *others, None if dsinks is None or t.sinks is None else dsinks.to(t.sinks.dtype)  # type: ignore[return-value]
 
 
@@ -279,7 +282,7 @@ def _backward_packed(
         assert keys is not None  # paged keys have no gradient
         dense = [x[rows].transpose(0, 1)[None] for x in (out, grad_out)]
         sample_dlse = None if grad_lse is None else grad_lse[None, :, rows]
-        grads = _backward_dense(spec, sample, dense[0], lse[None, :, rows], dense[1], sample_dlse, b)
+        grads = _backward_dense(spec, sample, dense[0], lse[None, :, rows], dense[1], sample_dlse, False, b)
         for packed, index, grad in zip((dq, dk, dv), (rows, keys, keys), grads[:3], strict=True):
             packed[index] = grad[0].transpose(0, 1)
         if grads[4] is not None:
@@ -294,6 +297,7 @@ def _backward_dense(
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    needs_mask_grad: bool,
     first_batch: int = 0,
 ) -> Gradients:
     dtype, compute = t.query.dtype, lse.dtype
@@ -320,7 +324,8 @@ def _backward_dense(
         return grad.unflatten(1, (num_kv_heads, -1)).sum(2) if num_kv_heads != num_heads else grad
 
     dmask = None
-    if t.attn_mask is not None and t.attn_mask.is_floating_point():
+    if needs_mask_grad:
+        assert t.attn_mask is not None
         dmask = ds.sum_to_size(t.attn_mask.shape).to(t.attn_mask.dtype)
     dsinks = None
     if t.sinks is not None:

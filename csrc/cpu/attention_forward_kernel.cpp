@@ -16,12 +16,11 @@
 
 #include "../parallel.h"
 #include "../scratch.h"
-#include "operands.h"
+#include "blocks.h"
 
 namespace pyattn::PYATTN_ISA {
 namespace {
 
-constexpr int kStrip = 16;
 constexpr double kLn2 = 0.69314718055994531;
 
 // What one thread works in.
@@ -37,8 +36,6 @@ struct Workspace {
   float* row_max;  // [kBlockM], in log2 units
   float* row_sum;  // [kBlockM]
   float* alpha;    // [kBlockM]: what earlier weights must be multiplied by, in registers it would crowd a tile
-  int32_t* lo;     // [kBlockM]: the key range of each query
-  int32_t* hi;     // [kBlockM]
 
   size_t carve(void* base, const AttentionParams& p) {
     Carver carver(base);
@@ -53,8 +50,6 @@ struct Workspace {
     row_max = carver.take<float>(kBlockM);
     row_sum = carver.take<float>(kBlockM);
     alpha = carver.take<float>(kBlockM);
-    lo = carver.take<int32_t>(kBlockM);
-    hi = carver.take<int32_t>(kBlockM);
     return carver.used();
   }
 };
@@ -63,88 +58,15 @@ struct Workspace {
 struct Segment {
   int64_t first;
   int count;
-  bool edge;      // some query of the block does not see some key of it
-  const char* k;  // rows of float, or of bfloat16 pairs
-  int64_t k_row_bytes;
-  const float* v;        // rows of float; with the dot product, a row is a pair of keys
-  int64_t v_row;         // floats from one row to the next
-  int not_finite_count;  // rows of V that hold NaN or inf, set to 0 in `v`; looked for only where keys are
-                         // masked
-  int not_finite[kBlockN];
+  bool masked;  // some query of the block may not see some key of it
+  Rows k;
+  KeyOperand v;
 };
-
-// 0 * NaN is NaN: where a key is masked for some query, a value that is not finite must stay out of the
-// matrix product. Lists such rows, and returns values that have zeros in their place.
-template <class T>
-const T* hide_not_finite(const T* value, int64_t& stride, int size, Segment& segment, void* clean) {
-  for (int r = 0; r < segment.count; ++r) {
-    int any = 0;
-    for (int e = 0; e < size; ++e) any |= not_finite(value[r * stride + e]);
-    if (any) segment.not_finite[segment.not_finite_count++] = r;
-  }
-  if (segment.not_finite_count == 0) return value;
-  T* copy = static_cast<T*>(clean);
-  for (int r = 0, next = 0; r < segment.count; ++r) {
-    const bool hide = next < segment.not_finite_count && segment.not_finite[next] == r;
-    next += hide;
-    for (int e = 0; e < size; ++e) copy[r * size + e] = hide ? T{} : value[r * stride + e];
-  }
-  stride = size;
-  return copy;
-}
-
-template <class T>
-void stage(const AttentionParams& p, const T* key, const T* value, bool masked, const Workspace& w, Segment& segment) {
-  const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
-  int64_t v_stride = p.value_stride.l;
-  key += segment.first * p.key_stride.l;
-  value += segment.first * v_stride;
-  segment.not_finite_count = 0;
-  if (masked) value = hide_not_finite(value, v_stride, Dv, segment, w.v_finite);
-  if constexpr (std::is_same_v<T, float> || kDot<T>) {
-    segment.k = reinterpret_cast<const char*>(key);
-    segment.k_row_bytes = p.key_stride.l * static_cast<int64_t>(sizeof(T));
-  } else {
-    convert_rows(key, p.key_stride.l, segment.count, D, w.k);
-    segment.k = reinterpret_cast<const char*>(w.k);
-    segment.k_row_bytes = D * static_cast<int64_t>(sizeof(float));
-  }
-  if constexpr (std::is_same_v<T, float>) {
-    segment.v = value;
-    segment.v_row = v_stride;
-  } else if (kDot<T> && segment.not_finite_count == 0) {
-    segment.v = w.v_pairs + segment.first / 2 * Dv;
-    segment.v_row = Dv;
-  } else {
-    if constexpr (kDot<T>)
-      interleave_rows(value, v_stride, segment.count, Dv, w.v);
-    else
-      convert_rows(value, v_stride, segment.count, Dv, w.v);
-    segment.v = w.v;
-    segment.v_row = Dv;
-  }
-}
-
-// Adds the values that `hide_not_finite` took out, for the queries that do see them.
-template <class T>
-void add_not_finite(const Segment& segment, const T* value, int64_t stride, int size, const float* s,
-                    const uint64_t* live, int lanes, float* o) {
-  for (int n = 0; n < segment.not_finite_count; ++n) {
-    const int r = segment.not_finite[n];
-    const T* row = value + (segment.first + r) * stride;
-    for (int lane = 0; lane < lanes; ++lane) {
-      if (!(live[n] >> lane & 1)) continue;
-      float weight = s[(kDot<T> ? r / 2 : r) * kTileLanes + lane];
-      if (kDot<T>) weight = bits_to_float(r % 2 ? float_to_bits(weight) & 0xffff0000 : float_to_bits(weight) << 16);
-      for (int e = 0; e < size; ++e) o[e * kTileLanes + lane] += weight * to_float(row[e]);
-    }
-  }
-}
 
 // The first `kPanels` panels from lane `lane` of the block on take in one segment.
 template <class T, int kPanels>
-__attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspace& w, const Segment& segment,
-                                         const T* value, int lane, bool has_bias) {
+__attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspace& w, const BlockRanges& ranges,
+                                         Segment& segment, const T* value, int lane, bool has_bias) {
   constexpr int kVecs = kPanels * kPanelVecs;
   const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
   const int in_tile = lane % kTileLanes;
@@ -152,69 +74,51 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
   const float* q = w.q + tile * query_words<T>(D) * kTileLanes + in_tile;
   float* o = w.o + tile * round_up(Dv, kLanes) * kTileLanes + in_tile;
   float* s = w.s + in_tile;
-  const bool masked = segment.edge || has_bias;
   const float scale = p.scale * kLog2e;
 
   vf largest[kVecs];
 #pragma GCC unroll 4
   for (int j = 0; j < kVecs; ++j) largest[j] = broadcast(-kInf);
   for_row_tiles(segment.count, [&](int i, auto rows) {
-    score_tile<kDot<T>, rows(), kVecs>(segment.k + i * segment.k_row_bytes, segment.k_row_bytes, D, q, scale,
-                                       s + i * kTileLanes, largest);
+    score_tile<kDot<T>, rows(), kVecs>(segment.k[i], segment.k.row_bytes, D, q, scale, s + i * kTileLanes, largest);
   });
-  uint64_t live[kBlockN];  // for each hidden row of V, the lanes that see it
-  if (masked) {
-    mask_scores<kVecs>(s, has_bias ? w.bias + in_tile : nullptr, w.lo + lane, w.hi + lane,
+  HiddenRows& hidden = segment.v.hidden;
+  if (segment.masked) {
+    mask_scores<kVecs>(s, has_bias ? w.bias + in_tile : nullptr, ranges.lo + lane, ranges.hi + lane,
                        static_cast<int32_t>(segment.first), segment.count, largest);
-    for (int n = 0; n < segment.not_finite_count; ++n) {
-      live[n] = 0;
+    for (int n = 0; n < hidden.count; ++n) {
+      hidden.live[n] = 0;
       for (int i = 0; i < kPanels * kPanel; ++i)
-        live[n] |= uint64_t{s[segment.not_finite[n] * kTileLanes + i] != -kInf} << i;
+        hidden.live[n] |= uint64_t{s[hidden.row[n] * kTileLanes + i] != -kInf} << i;
     }
   }
   softmax_step<kDot<T>, kVecs>(s, segment.count, largest, w.row_max + lane, w.row_sum + lane, w.alpha + lane);
   const int rows_of_v = kDot<T> ? (segment.count + 1) / 2 : segment.count;
   for_row_tiles(Dv, [&](int e, auto rows) {
-    output_tile<kDot<T>, rows(), kVecs>(segment.v + e, segment.v_row, rows_of_v, s, w.alpha + lane, o + e * kTileLanes);
+    output_tile<kDot<T>, rows(), kVecs>(segment.v.data + e, segment.v.row, rows_of_v, s, w.alpha + lane,
+                                        o + e * kTileLanes);
   });
-  if (segment.not_finite_count > 0) add_not_finite(segment, value, p.value_stride.l, Dv, s, live, kPanels * kPanel, o);
+  const int64_t stride = p.value_stride.l;
+  hidden.add(value + segment.first * stride, stride, Dv, s, kTileLanes, kPanels * kPanel, o);
 }
 
 template <class T, int kPanels = kMaxPanels>
-PYATTN_INLINE void call_tile_step(int panels, const AttentionParams& p, const Workspace& w, const Segment& segment,
-                                  const T* value, int lane, bool has_bias) {
+PYATTN_INLINE void call_tile_step(int panels, const AttentionParams& p, const Workspace& w, const BlockRanges& ranges,
+                                  Segment& segment, const T* value, int lane, bool has_bias) {
   if (panels == kPanels)
-    tile_step<T, kPanels>(p, w, segment, value, lane, has_bias);
+    tile_step<T, kPanels>(p, w, ranges, segment, value, lane, has_bias);
   else if constexpr (kPanels > 1)
-    call_tile_step<T, kPanels - 1>(panels, p, w, segment, value, lane, has_bias);
+    call_tile_step<T, kPanels - 1>(panels, p, w, ranges, segment, value, lane, has_bias);
 }
 
 // out = O / sum, transposed back; lse = log(sum) + maximum.
 template <class T>
 void finish(const AttentionParams& p, const Workspace& w, int rows, T* out, float* lse) {
-  const int Dv = static_cast<int>(p.Dv);
-  for (int i = 0; i < rows; ++i)
+  for (int i = 0; i < rows; ++i) {
     lse[i] = static_cast<float>((static_cast<double>(w.row_max[i]) + std::log2(w.row_sum[i])) * kLn2);
-  for (int lane = 0; lane < rows; lane += kLanes) {
-    const float* column = w.o + lane / kTileLanes * round_up(Dv, kLanes) * kTileLanes + lane % kTileLanes;
-    const vf sum = load(w.row_sum + lane), inverse = sum == vf{} ? vf{} : broadcast(1.f) / sum;
-    for (int e = 0; e < Dv; e += kLanes, column += kLanes * kTileLanes) {
-      vf block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(column + i * kTileLanes) * inverse;
-      transpose(block);
-      T* corner = out + lane * p.out_stride.l + e;
-      const bool whole = lane + kLanes <= rows && e + kLanes <= Dv;
-      alignas(64) T padded[kLanes * kLanes];
-      T* to = whole ? corner : padded;
-      const int64_t to_stride = whole ? p.out_stride.l : kLanes;
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store_floats(to + i * to_stride, block[i]);
-      if (whole) continue;
-      for (int i = 0; i < kLanes && lane + i < rows; ++i)
-        for (int c = 0; c < kLanes && e + c < Dv; ++c) corner[i * p.out_stride.l + c] = padded[i * kLanes + c];
-    }
+    w.alpha[i] = w.row_sum[i] == 0 ? 0 : 1 / w.row_sum[i];
   }
+  store_transposed(w.o, w.alpha, rows, static_cast<int>(p.Dv), out, p.out_stride.l);
 }
 
 // The operands of one key head, and of the query heads that share it.
@@ -237,63 +141,43 @@ struct Head {
   }
 };
 
-PYATTN_INLINE int64_t even_end(int64_t key, int64_t Lk) { return key < Lk ? round_up(key, 2) : key; }
-
 template <class T>
-void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges& ranges, const Head<T>& head,
+void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges& key_ranges, const Head<T>& head,
                    int64_t group_head, int64_t first_query) {
-  const int rows = min_int(kBlockM, p.Lq - first_query);
-  const int live_lanes = static_cast<int>(round_up(rows, kPanel));
+  const BlockRanges ranges(p, key_ranges, first_query);
+  const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
   const T* query = head.query + group_head * p.query_stride.h + first_query * p.query_stride.l;
   const char* mask = head.mask ? head.mask + group_head * p.mask_stride_h * size_of(p.mask_dtype) : nullptr;
   const bool has_bias = mask != nullptr;
 
-  pack_queries(query, p.query_stride.l, rows, static_cast<int>(p.D), w.q);
-  for (int lane = 0; lane < live_lanes; lane += kLanes) {
+  pack_queries(query, p.query_stride.l, ranges.rows, D, w.q);
+  for (int lane = 0; lane < ranges.live_lanes; lane += kLanes) {
     float* column = w.o + lane / kTileLanes * round_up(p.Dv, kLanes) * kTileLanes + lane % kTileLanes;
     for (int64_t e = 0; e < round_up(p.Dv, kLanes); ++e) store(column + e * kTileLanes, vf{});
   }
-  for (int i = 0; i < live_lanes; ++i) {
-    const KeyRange range = i < rows ? ranges.row(first_query + i) : KeyRange{0, 0};
-    w.lo[i] = static_cast<int32_t>(range.lo);
-    w.hi[i] = static_cast<int32_t>(range.hi);
+  for (int i = 0; i < ranges.live_lanes; ++i) {
     w.row_max[i] = -kInf;
     w.row_sum[i] = 0;
   }
-
   Segment segment;
-  const auto process = [&](int64_t first, int count, bool edge) {
+  for_segments(ranges, p.Lk, kBlockN, [&](int64_t first, int count, bool edge) {
     segment.first = first;
     segment.count = count;
-    segment.edge = edge;
-    stage(p, head.key, head.value, edge || has_bias, w, segment);
-    for (int begin = 0; begin < live_lanes; begin += kTileLanes) {
-      // Both ends of the ranges rise with the query, so the panels that see a segment follow one another.
-      int lane = begin, end = min_int(begin + kTileLanes, live_lanes);
-      const auto last_row = [&](int panel) { return min_int(panel + kPanel, rows) - 1; };
-      while (lane < end && w.hi[last_row(lane)] <= first) lane += kPanel;
-      while (lane < end && w.lo[end - kPanel] >= first + count) end -= kPanel;
+    segment.masked = edge || has_bias;
+    segment.k = stage_rows(head.key + first * p.key_stride.l, p.key_stride.l, count, D, w.k);
+    const float* pairs = kDot<T> ? w.v_pairs + first / 2 * Dv : nullptr;
+    segment.v.stage(head.value + first * p.value_stride.l, p.value_stride.l, count, Dv, segment.masked, pairs, w.v,
+                    w.v_finite);
+    for (int begin = 0; begin < ranges.live_lanes; begin += kTileLanes) {
+      int lane = begin, end = min_int(begin + kTileLanes, ranges.live_lanes);
+      ranges.narrow(first, count, lane, end);
       if (lane >= end) continue;
-      if (has_bias) load_bias(p, mask, first_query + begin, first, rows - begin, count, w.bias);
-      call_tile_step<T>((end - lane) / kPanel, p, w, segment, head.value, lane, has_bias);
+      if (has_bias) load_bias(p, mask, first_query + begin, first, ranges.rows - begin, count, w.bias);
+      call_tile_step<T>((end - lane) / kPanel, p, w, ranges, segment, head.value, lane, has_bias);
     }
-  };
-  const auto strips = [&](int64_t from, int64_t to) {
-    for (int64_t k = from; k < to; k += kStrip) process(k, min_int(kStrip, to - k), true);
-  };
-  // Keys that some query sees are [lowest, highest); those that every query sees are [inner_lo, inner_hi).
-  // All are even, or Lk: a pair of values never reaches over the end of a segment, where nobody looks for NaN.
-  const int64_t lowest = w.lo[0] / 2 * 2, highest = even_end(w.hi[rows - 1], p.Lk);
-  const int64_t inner_lo = round_up(w.lo[rows - 1], 2), inner_hi = w.hi[0] < p.Lk ? w.hi[0] / 2 * 2 : w.hi[0];
-  if (inner_lo < inner_hi) {
-    strips(lowest, inner_lo);
-    for (int64_t k = inner_lo; k < inner_hi; k += kBlockN) process(k, min_int(kBlockN, inner_hi - k), false);
-    strips(inner_hi, highest);
-  } else {
-    strips(lowest, highest);
-  }
+  });
   T* out = head.out + group_head * p.out_stride.h + first_query * p.out_stride.l;
-  finish(p, w, rows, out, head.lse + group_head * p.Lq + first_query);
+  finish(p, w, ranges.rows, out, head.lse + group_head * p.Lq + first_query);
 }
 
 // A task is every `slices`-th block of the query heads that share a key head, the long causal ones first.
@@ -312,7 +196,8 @@ void forward(const AttentionParams& p, int threads) {
     if constexpr (kDot<T>) {
       const int64_t from = ranges.row(0).lo / 2 * 2, to = even_end(ranges.row(p.Lq - 1).hi, p.Lk);
       const int64_t stride = p.value_stride.l;
-      if (from < to) interleave_rows(head.value + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv);
+      if (from < to)
+        interleave_rows(head.value + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv, p.Dv);
     }
     for (int64_t i = task % slices; i < all_blocks; i += slices)
       forward_block(p, w, ranges, head, i / blocks, (blocks - 1 - i % blocks) * kBlockM);

@@ -18,13 +18,15 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype 
 struct CpuKernels {
   const char* isa;
   void (*attention_forward)(const AttentionParams&, int threads);
+  void (*attention_backward)(const AttentionBackwardParams&, int threads);
   double (*peak_gflops)(DType dtype);
 };
 
-#define PYATTN_DECLARE(ISA)                                    \
-  namespace ISA {                                              \
-  void attention_forward(const AttentionParams&, int threads); \
-  double peak_gflops(DType dtype);                             \
+#define PYATTN_DECLARE(ISA)                                             \
+  namespace ISA {                                                       \
+  void attention_forward(const AttentionParams&, int threads);          \
+  void attention_backward(const AttentionBackwardParams&, int threads); \
+  double peak_gflops(DType dtype);                                      \
   }
 PYATTN_DECLARE(avx512_bf16)
 PYATTN_DECLARE(avx512)

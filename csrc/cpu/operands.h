@@ -61,8 +61,8 @@ void pack_queries(const T* query, int64_t stride, int rows, int size, float* out
 }
 
 template <class T>
-void convert_rows(const T* in, int64_t stride, int rows, int size, float* out) {
-  for (int r = 0; r < rows; ++r, in += stride, out += size) {
+void convert_rows(const T* in, int64_t stride, int rows, int size, float* out, int64_t out_stride) {
+  for (int r = 0; r < rows; ++r, in += stride, out += out_stride) {
     int e = 0;
     for (; e + kLanes <= size; e += kLanes) store_unaligned(out + e, load_floats(in + e));
     for (; e < size; ++e) out[e] = to_float(in[e]);
@@ -70,8 +70,9 @@ void convert_rows(const T* in, int64_t stride, int rows, int size, float* out) {
 }
 
 // Two rows of values become one row of pairs; an odd last row is paired with zeros.
-[[maybe_unused]] void interleave_rows(const bf16* in, int64_t stride, int64_t rows, int64_t size, float* out) {
-  for (int64_t r = 0; r < rows; r += 2, out += size) {
+[[maybe_unused]] void interleave_rows(const bf16* in, int64_t stride, int64_t rows, int64_t size, float* out,
+                                      int64_t out_stride) {
+  for (int64_t r = 0; r < rows; r += 2, out += out_stride) {
     const bf16 *a = in + r * stride, *b = a + stride;
     const bool pair = r + 1 < rows;
     uint32_t* words = reinterpret_cast<uint32_t*>(out);
@@ -86,6 +87,31 @@ void convert_rows(const T* in, int64_t stride, int rows, int size, float* out) {
     }
 #endif
     for (; e < size; ++e) words[e] = a[e].bits | uint32_t{pair ? b[e].bits : uint16_t{0}} << 16;
+  }
+}
+
+// The first `rows` lanes of columns [size][kTileLanes], each times its factor, as rows of the tensor.
+template <class T>
+void store_transposed(const float* columns, const float* factor, int rows, int size, T* out, int64_t stride) {
+  for (int lane = 0; lane < rows; lane += kLanes) {
+    const float* column = columns + lane / kTileLanes * round_up(size, kLanes) * kTileLanes + lane % kTileLanes;
+    const vf lane_factor = load(factor + lane);
+    for (int e = 0; e < size; e += kLanes, column += kLanes * kTileLanes) {
+      vf block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(column + i * kTileLanes) * lane_factor;
+      transpose(block);
+      T* corner = out + lane * stride + e;
+      const bool whole = lane + kLanes <= rows && e + kLanes <= size;
+      alignas(64) T padded[kLanes * kLanes];
+      T* to = whole ? corner : padded;
+      const int64_t to_stride = whole ? stride : kLanes;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store_floats(to + i * to_stride, block[i]);
+      if (whole) continue;
+      for (int i = 0; i < kLanes && lane + i < rows; ++i)
+        for (int c = 0; c < kLanes && e + c < size; ++c) corner[i * stride + c] = padded[i * kLanes + c];
+    }
   }
 }
 

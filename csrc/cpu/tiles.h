@@ -30,6 +30,15 @@ PYATTN_INLINE vf multiply_add(vf c, vf a, vf b) {
   return c + a * b;
 }
 
+#ifdef PYATTN_ISA_AVX512_BF16
+// Two halves of 16 bfloat16 become 16 pairs.
+PYATTN_INLINE vf interleave(__m512i halves) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vf)_mm512_permutexvar_epi16(order, halves);
+}
+#endif
+
 // A 32-bit word, a float or a pair of bfloat16, into every lane.
 PYATTN_INLINE vf broadcast_word(const char* p) {
   float word;
@@ -47,94 +56,119 @@ PYATTN_INLINE void call_with_rows(int rows, const F& f) {
 }
 
 // Calls f(first, rows) over runs of at most kMaxRows that are as even as they can be: the accumulators of a short last
-// run would wait for each other.
-template <class F>
+// run would wait for each other. With kPairs a run begins at an even row.
+template <bool kPairs = false, class F>
 PYATTN_INLINE void for_row_tiles(int count, const F& f) {
+  constexpr int kStep = kPairs ? 2 : 1;
   for (int i = 0; i < count;) {
-    const int left = count - i;
-    const int rows = left >= 2 * kMaxRows || left == kMaxRows ? kMaxRows : left > kMaxRows ? (left + 1) / 2 : left;
+    const int left = count - i, half = (left + 2 * kStep - 1) / (2 * kStep) * kStep;
+    const int rows = left >= 2 * kMaxRows || left == kMaxRows ? kMaxRows : left > kMaxRows ? half : left;
     call_with_rows(rows, [&](auto constant) { f(i, constant); });
     i += rows;
   }
 }
 
-// s[i][lane] = scale * sum over words of k[i][word] * q[word][lane]; raises `largest` to the scores. Long
-// sums are made of partial sums of at most kMaxSum words, since the error of a running sum grows with its
-// length.
+// c[i][lane] += sum over words of a[i][word] * b[word][lane]. The rows of a lie `a_row` bytes apart, its words `a_word`
+// bytes; the rows of b `b_row` floats.
 template <bool kIsDot, int kRows, int kVecs>
-PYATTN_INLINE void score_tile(const char* k, int64_t row_bytes, int size, const float* q, float scale, float* s,
-                              vf (&largest)[kVecs]) {
-  vf c[kRows][kVecs];
-  const auto step = [&](const float* q_row, const auto& word) __attribute__((always_inline)) {
-    vf b[kVecs];
+PYATTN_INLINE void multiply(const char* a, int64_t a_row, int64_t a_word, const float* b, int64_t b_row, int words,
+                            vf (&c)[kRows][kVecs]) {
+#pragma GCC unroll 2
+  for (int w = 0; w < words; ++w) {
+    vf row[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) b[j] = load(q_row + j * kLanes);
+    for (int j = 0; j < kVecs; ++j) row[j] = load(b + w * b_row + j * kLanes);
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
-      const vf a = word(k + i * row_bytes);
+      const vf word = broadcast_word(a + i * a_row + w * a_word);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) c[i][j] = multiply_add<kIsDot>(c[i][j], a, b[j]);
+      for (int j = 0; j < kVecs; ++j) c[i][j] = multiply_add<kIsDot>(c[i][j], word, row[j]);
     }
-  };
+  }
+}
+
+// Calls done(c) with c[i][lane] = the product of row i of a, of `size` elements, and b[word][lane]. Long sums are made
+// of partial sums of at most kMaxSum words, kept in `partial` [kRows][kTileLanes], since the error of a running sum
+// grows with its length.
+template <bool kIsDot, int kRows, int kVecs, class Done>
+PYATTN_INLINE void row_products(const char* a, int64_t a_row, int size, const float* b, float* partial,
+                                const Done& done) {
   const int words = kIsDot ? size / 2 : size;
-  int w = 0;
-  do {
+  for (int first = 0;; first += kMaxSum) {
+    const int count = words - first > kMaxSum ? kMaxSum : words - first;
+    const bool last = first + count == words;
+    vf c[kRows][kVecs] = {};
+    multiply<kIsDot>(a + 4 * first, a_row, 4, b + first * kTileLanes, kTileLanes, count, c);
+    if (kIsDot && size % 2 && last) {
+#pragma GCC unroll 6
+      for (int i = 0; i < kRows; ++i) {
+        uint16_t half;
+        std::memcpy(&half, a + i * a_row + 4 * words, 2);
+        const vf word = broadcast(bits_to_float(half));
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j)
+          c[i][j] = multiply_add<kIsDot>(c[i][j], word, load(b + words * kTileLanes + j * kLanes));
+      }
+    }
+    if (first) {
+#pragma GCC unroll 6
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) c[i][j] += load(partial + i * kTileLanes + j * kLanes);
+    }
+    if (last) return done(c);
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) c[i][j] = vf{};
-    const int first = w, end = words - w > kMaxSum ? w + kMaxSum : words;
-#pragma GCC unroll 2
-    for (; w < end; ++w)
-      step(q + w * kTileLanes,
-           [w](const char* row) __attribute__((always_inline)) { return broadcast_word(row + 4 * w); });
-    if (kIsDot && size % 2 && w == words) {
-      step(q + words * kTileLanes, [words](const char* row) __attribute__((always_inline)) {
-        uint16_t last;
-        std::memcpy(&last, row + 4 * words, 2);
-        return broadcast(bits_to_float(last));
-      });
-    }
+      for (int j = 0; j < kVecs; ++j) store(partial + i * kTileLanes + j * kLanes, c[i][j]);
+  }
+}
+
+// s[i][lane] = scale * (row i of k) . (query of the lane); raises `largest` to the scores.
+template <bool kIsDot, int kRows, int kVecs>
+PYATTN_INLINE void score_tile(const char* k, int64_t k_row, int size, const float* q, float scale, float* s,
+                              vf (&largest)[kVecs]) {
+  row_products<kIsDot, kRows, kVecs>(k, k_row, size, q, s,
+                                     [&](const vf(&c)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
+                                       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) {
-        float* score = s + i * kTileLanes + j * kLanes;
-        if (first) c[i][j] += load(score);
-        if (w < words) {
-          store(score, c[i][j]);
-        } else {
-          const vf x = c[i][j] * broadcast(scale);
-          largest[j] = max(largest[j], x);
-          store(score, x);
-        }
-      }
-    }
-  } while (w < words);
+                                         for (int j = 0; j < kVecs; ++j) {
+                                           const vf x = c[i][j] * broadcast(scale);
+                                           largest[j] = max(largest[j], x);
+                                           store(s + i * kTileLanes + j * kLanes, x);
+                                         }
+                                       }
+                                     });
 }
 
 // o[i][lane] = o[i][lane] * alpha[lane] + sum over key rows of v[row][i] * p[row][lane]
 template <bool kIsDot, int kRows, int kVecs>
 PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const float* p, const float* alpha, float* o) {
   vf c[kRows][kVecs] = {};
-#pragma GCC unroll 2
-  for (int r = 0; r < rows; ++r) {
-    vf b[kVecs];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) b[j] = load(p + r * kTileLanes + j * kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      const vf a = broadcast_word(reinterpret_cast<const char*>(v + r * v_row + i));
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) c[i][j] = multiply_add<kIsDot>(c[i][j], a, b[j]);
-    }
-  }
+  multiply<kIsDot>(reinterpret_cast<const char*>(v), 4, 4 * v_row, p, kTileLanes, rows, c);
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
       float* out = o + i * kTileLanes + j * kLanes;
       store(out, load(out) * load(alpha + j * kLanes) + c[i][j]);
+    }
+  }
+}
+
+// sums[i][lane] += sum over words of a[i][word] * b[word][lane], as in `multiply`.
+template <bool kIsDot, int kRows, int kVecs>
+PYATTN_INLINE void add_product(const char* a, int64_t a_row, int64_t a_word, const float* b, int64_t b_row, int words,
+                               float* sums, int64_t sums_row) {
+  vf c[kRows][kVecs] = {};
+  multiply<kIsDot>(a, a_row, a_word, b, b_row, words, c);
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      float* sum = sums + i * sums_row + j * kLanes;
+      store(sum, load(sum) + c[i][j]);
     }
   }
 }
@@ -179,8 +213,6 @@ PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], 
   }
   if constexpr (kIsDot) {
 #ifdef PYATTN_ISA_AVX512_BF16
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int r = 0; r < keys; r += 2) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
@@ -188,8 +220,7 @@ PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], 
         const vf a = exp2(load(pair) - shift[j]);
         const vf b = r + 1 < keys ? exp2(load(pair + kTileLanes) - shift[j]) : vf{};
         sum[j] += a + b;
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-        store(s + r / 2 * kTileLanes + j * kLanes, (vf)_mm512_permutexvar_epi16(interleave, both));
+        store(s + r / 2 * kTileLanes + j * kLanes, interleave((__m512i)_mm512_cvtne2ps_pbh(b, a)));
       }
     }
 #endif

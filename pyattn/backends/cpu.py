@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ _LATER = {  # members of the spec without a kernel
     "cu_seqlens_q": "packed sequences",
 }
 _UNLIMITED = -1
-_NO_STRIDES: tuple[int, ...] = (0, 0, 0, 0)
+_NO_SIZES: tuple[int, ...] = (0, 0, 0, 0)
 
 
 def available_isas() -> list[str]:
@@ -87,8 +88,6 @@ def unavailable() -> list[str]:
 def why_not(problem: Problem) -> list[str]:
     reasons = []
     spec, dtype = problem.spec, problem.query.dtype
-    if problem.op == "backward":
-        reasons.append("has no backward kernel yet")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"computes in float32, the input is {str(dtype).removeprefix('torch.')}")
     for name, meta in (("D", problem.query), ("Dv", problem.value)):
@@ -117,21 +116,18 @@ def _int64(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.int64).contiguous()
 
 
-def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
+def _arguments(
+    spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse: Tensor
+) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """What both kernels take, in the order of ``attention_params`` in csrc/bindings.cpp; and what must outlive it."""
     query, key, value, mask = t.query, t.key, t.value, t.attn_mask
     B, Hq, Lq, D = query.shape
     _, Hkv, Lk, Dv = value.shape
-    out = empty_output(query, Dv)
-    lse = torch.empty((B, Hq, Lq), dtype=torch.float32)
-    mask_dtype, mask_stride = 0, _NO_STRIDES
+    mask_dtype, mask_stride = 0, _NO_SIZES
     if mask is not None:
-        if mask.dtype not in _DTYPES:
-            mask = mask.to(query.dtype)
         mask_dtype, mask_stride = _DTYPES[mask.dtype], mask.expand(B, Hq, Lq, Lk).stride()
     q_offsets, lengths, starts = _int64(t.q_offset), _int64(t.kv_lengths), _int64(t.kv_starts)
-    _native.attention_forward(
-        _isa,
-        torch.get_num_threads(),
+    arguments = (
         _DTYPES[query.dtype],
         (B, Hq, Hkv, Lq, Lk, D, Dv),
         query.data_ptr(),
@@ -154,8 +150,50 @@ def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
         _UNLIMITED if spec.window_right is None else spec.window_right,
         spec.scale,
     )
+    return arguments, (q_offsets, lengths, starts)
+
+
+def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
+    out = empty_output(t.query, t.value.shape[-1])
+    lse = torch.empty(t.query.shape[:3], dtype=torch.float32)
+    arguments, _alive = _arguments(spec, t, out, lse)
+    _native.attention_forward(_isa, torch.get_num_threads(), *arguments)
     return out, lse
 
 
-def backward(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    raise NotImplementedError("the cpu backend has no backward kernel: see why_not")
+def backward(
+    spec: AttentionSpec,
+    t: AttentionTensors,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needs_mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+    out, grad_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (out, grad_out))
+    lse = lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grads = [torch.empty_like(x) for x in (t.query, t.key, t.value)]
+    grad_mask, mask_sizes = None, _NO_SIZES
+    if needs_mask_grad:
+        assert t.attn_mask is not None
+        grad_mask = torch.empty(t.attn_mask.shape, dtype=t.attn_mask.dtype)
+        mask_sizes = (1,) * (4 - grad_mask.dim()) + grad_mask.shape
+    arguments, _alive = _arguments(spec, t, out, lse)
+    _native.attention_backward(
+        _isa,
+        torch.get_num_threads(),
+        grad_out.data_ptr(),
+        grad_out.stride(),
+        _address(grad_lse),
+        grads[0].data_ptr(),
+        grads[0].stride(),
+        grads[1].data_ptr(),
+        grads[1].stride(),
+        grads[2].data_ptr(),
+        grads[2].stride(),
+        _address(grad_mask),
+        mask_sizes,
+        *arguments,
+    )
+    return *grads, grad_mask, None  # type: ignore[return-value]
