@@ -36,9 +36,10 @@ AttentionParams attention_params(int dtype, const std::array<int64_t, 7>& sizes,
                                  const std::array<int64_t, 4>& key_stride, uintptr_t value,
                                  const std::array<int64_t, 4>& value_stride, uintptr_t out,
                                  const std::array<int64_t, 4>& out_stride, uintptr_t lse, uintptr_t mask,
-                                 int mask_dtype, const std::array<int64_t, 4>& mask_stride, uintptr_t q_offsets,
-                                 uintptr_t kv_lengths, uintptr_t kv_starts, std::optional<int64_t> q_offset,
-                                 int64_t window_left, int64_t window_right, double scale) {
+                                 int mask_dtype, const std::array<int64_t, 4>& mask_stride, uintptr_t block_table,
+                                 int64_t page_size, uintptr_t q_offsets, uintptr_t kv_lengths, uintptr_t kv_starts,
+                                 std::optional<int64_t> q_offset, int64_t window_left, int64_t window_right,
+                                 double scale) {
   AttentionParams p;
   p.dtype = dtype_of(dtype);
   const auto [B, Hq, Hkv, Lq, Lk, D, Dv] = sizes;
@@ -51,6 +52,7 @@ AttentionParams attention_params(int dtype, const std::array<int64_t, 7>& sizes,
   p.mask = pointer<void>(mask), p.mask_dtype = dtype_of(mask_dtype);
   p.mask_stride_b = mask_stride[0], p.mask_stride_h = mask_stride[1];
   p.mask_stride_q = mask_stride[2], p.mask_stride_k = mask_stride[3];
+  p.block_table = pointer<int32_t>(block_table), p.page_size = page_size;
   p.q_offsets = pointer<int64_t>(q_offsets);
   p.kv_lengths = pointer<int64_t>(kv_lengths);
   p.kv_starts = pointer<int64_t>(kv_starts);
@@ -113,5 +115,6 @@ PYBIND11_MODULE(_native, m) {
       py::call_guard<py::gil_scoped_release>());
   m.attr("BLOCK_M") = kBlockM;
   m.attr("BLOCK_N") = kBlockN;
+  m.attr("DECODE_QUERIES") = kDecodeQueries;
   m.def("scratch_peak_bytes", &scratch_peak_bytes);
 }

@@ -12,13 +12,15 @@ struct Strides {
 };
 
 struct AttentionParams {
-  DType dtype;  // of query, key, value and out
-  int64_t B, Hq, Hkv, Lq, Lk, D, Dv;
-  const void* query;  // [B, Hq, Lq, D]
-  const void* key;    // [B, Hkv, Lk, D]
-  const void* value;  // [B, Hkv, Lk, Dv]
-  void* out;          // [B, Hq, Lq, Dv]
+  DType dtype;                        // of query, key, value and out
+  int64_t B, Hq, Hkv, Lq, Lk, D, Dv;  // with a block_table Lk = max_pages * page_size
+  const void* query;                  // [B, Hq, Lq, D]
+  const void* key;                    // [B, Hkv, Lk, D]
+  const void* value;                  // [B, Hkv, Lk, Dv]
+  void* out;                          // [B, Hq, Lq, Dv]
   Strides query_stride, key_stride, value_stride, out_stride;
+  const int32_t* block_table;  // [B, max_pages], or null: key and value are then [num_pages, Hkv, page_size, D]
+  int64_t page_size;
   float* lse;  // [B, Hq, Lq], dense
 
   const void* mask;  // [B, Hq, Lq, Lk] through its strides (0 broadcasts), or null

@@ -90,6 +90,109 @@ struct Segment {
   Rows k, v;
 };
 
+// P and dS of one segment for kPanels panels, from lane `lane` of the block on.
+template <bool kIsDot, int kPanels, bool kMasked>
+__attribute__((noinline)) void weights_step(const AttentionBackwardParams& p, const Workspace& w,
+                                            const BlockRanges& ranges, const Segment& segment, int lane,
+                                            float* grad_bias) {
+  constexpr int kVecs = kPanels * kPanelVecs;
+  const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
+  const int in_tile = lane % kTileLanes;
+  const int64_t tile = lane / kTileLanes;
+  const float* q = w.q + tile * query_words<kIsDot>(D) * kTileLanes + in_tile;
+  const float* grad_out = w.grad_out + tile * query_words<kIsDot>(Dv) * kTileLanes + in_tile;
+  const float *lse = w.lse + lane, *delta = w.delta + lane;
+  const float* bias = kMasked && p.mask ? w.bias + in_tile : nullptr;
+  const vf scale = broadcast(p.scale * kLog2e), minus_inf = broadcast(-kInf);
+  alignas(64) float partial[kMaxRows * kTileLanes];
+
+  for_row_tiles<kIsDot>(segment.count, [&](int first, auto rows) {
+    constexpr int kRows = rows();
+    float* weights = w.p + (kIsDot ? 0 : first * kBlockM) + lane;
+    const auto visible = [&](int i, int j) __attribute__((always_inline)) {
+      const vi key = broadcast(static_cast<int32_t>(segment.first) + first + i);
+      const vi in_range = (key >= load(ranges.lo + lane + j * kLanes)) & (key < load(ranges.hi + lane + j * kLanes));
+      return bias ? in_range & (load(bias + (first + i) * kTileLanes + j * kLanes) != minus_inf) : in_range;
+    };
+    row_products<kIsDot, kRows, kVecs>(
+        segment.k[first], segment.k.row_bytes, D, q, partial,
+        [&](const vf(&s)[kRows][kVecs]) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+          for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+            for (int j = 0; j < kVecs; ++j) {
+              vf x = s[i][j] * scale - load(lse + j * kLanes);
+              if (kMasked && bias) x += load(bias + (first + i) * kTileLanes + j * kLanes);
+              vf weight = exp2(x);
+              if constexpr (kMasked) weight = visible(i, j) ? weight : vf{};
+              store(weights + i * kBlockM + j * kLanes, weight);
+#ifdef PYATTN_ISA_AVX512_BF16
+              if constexpr (kIsDot)
+                _mm256_store_si256(reinterpret_cast<__m256i*>(w.p_half + (first + i) * kBlockM + lane + j * kLanes),
+                                   (__m256i)_mm512_cvtneps_pbh(weight));
+#endif
+            }
+          }
+        });
+    row_products<kIsDot, kRows, kVecs>(
+        segment.v[first], segment.v.row_bytes, Dv, grad_out, partial,
+        [&](const vf(&dp)[kRows][kVecs]) __attribute__((always_inline)) {
+          vf ds[kRows][kVecs];
+#pragma GCC unroll 6
+          for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+            for (int j = 0; j < kVecs; ++j) {
+              ds[i][j] = load(weights + i * kBlockM + j * kLanes) * (dp[i][j] - load(delta + j * kLanes));
+              if constexpr (kMasked) ds[i][j] = visible(i, j) ? ds[i][j] : vf{};
+            }
+          }
+          if (kMasked && grad_bias) {
+#pragma GCC unroll 6
+            for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+              for (int j = 0; j < kVecs; ++j) {
+                float* sum = grad_bias + (first + i) * kBlockM + lane + j * kLanes;
+                store(sum, load(sum) + ds[i][j]);
+              }
+            }
+          }
+          if constexpr (!kIsDot) {
+#pragma GCC unroll 6
+            for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+              for (int j = 0; j < kVecs; ++j) store(w.ds + (first + i) * kBlockM + lane + j * kLanes, ds[i][j]);
+          }
+#ifdef PYATTN_ISA_AVX512_BF16
+          if constexpr (kIsDot) {
+#pragma GCC unroll 6
+            for (int i = 0; i < kRows; i += 2) {
+#pragma GCC unroll 4
+              for (int j = 0; j < kVecs; ++j) {
+                const vf second = i + 1 < kRows ? ds[i + 1 < kRows ? i + 1 : i][j] : vf{};
+                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, ds[i][j]);
+                bf16* half = w.ds_half + (first + i) * kBlockM + lane + j * kLanes;
+                _mm256_store_si256(reinterpret_cast<__m256i*>(half), _mm512_castsi512_si256(both));
+                if (i + 1 < kRows)
+                  _mm256_store_si256(reinterpret_cast<__m256i*>(half + kBlockM), _mm512_extracti64x4_epi64(both, 1));
+                store(w.ds + (first + i) / 2 * kBlockM + lane + j * kLanes, interleave(both));
+              }
+            }
+          }
+#endif
+        });
+  });
+}
+
+template <bool kIsDot, int kPanels = kMaxPanels>
+PYATTN_INLINE void call_weights_step(int panels, const AttentionBackwardParams& p, const Workspace& w,
+                                     const BlockRanges& ranges, const Segment& segment, int lane, float* grad_bias) {
+  if (panels == kPanels)
+    segment.masked ? weights_step<kIsDot, kPanels, true>(p, w, ranges, segment, lane, grad_bias)
+                   : weights_step<kIsDot, kPanels, false>(p, w, ranges, segment, lane, grad_bias);
+  else if constexpr (kPanels > 1)
+    call_weights_step<kIsDot, kPanels - 1>(panels, p, w, ranges, segment, lane, grad_bias);
+}
+
 // A block of queries of one head, with what it needs of its sample.
 template <class T>
 struct Block {
@@ -174,134 +277,32 @@ struct Block {
       if (mask)
         load_bias(p, mask, first_query + begin / kTileLanes * kTileLanes, segment.first,
                   ranges.rows - begin / kTileLanes * kTileLanes, segment.count, w.bias);
-      call_weights_step((tile_end - begin) / kPanel, segment, begin, grad_bias);
+      call_weights_step<kDot<T>>((tile_end - begin) / kPanel, p, w, ranges, segment, begin, grad_bias);
       begin = tile_end;
     }
   }
-
-  template <int kPanels = kMaxPanels>
-  PYATTN_INLINE void call_weights_step(int panels, const Segment& segment, int lane, float* grad_bias) const {
-    if (panels == kPanels)
-      segment.masked ? weights_step<kPanels, true>(segment, lane, grad_bias)
-                     : weights_step<kPanels, false>(segment, lane, grad_bias);
-    else if constexpr (kPanels > 1)
-      call_weights_step<kPanels - 1>(panels, segment, lane, grad_bias);
-  }
-
-  template <int kPanels, bool kMasked>
-  __attribute__((noinline)) void weights_step(const Segment& segment, int lane, float* grad_bias) const;
 };
 
-template <class T>
-template <int kPanels, bool kMasked>
-void Block<T>::weights_step(const Segment& segment, int lane, float* grad_bias) const {
-  constexpr int kVecs = kPanels * kPanelVecs;
-  const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
-  const int in_tile = lane % kTileLanes;
-  const int64_t tile = lane / kTileLanes;
-  const float* q = w.q + tile * query_words<T>(D) * kTileLanes + in_tile;
-  const float* grad_out = w.grad_out + tile * query_words<T>(Dv) * kTileLanes + in_tile;
-  const float *lse = w.lse + lane, *delta = w.delta + lane;
-  const float* bias = kMasked && mask ? w.bias + in_tile : nullptr;
-  const vf scale = broadcast(p.scale * kLog2e), minus_inf = broadcast(-kInf);
-  alignas(64) float partial[kMaxRows * kTileLanes];
-
-  for_row_tiles<kDot<T>>(segment.count, [&](int first, auto rows) {
-    constexpr int kRows = rows();
-    float* weights = w.p + (kDot<T> ? 0 : first * kBlockM) + lane;
-    const auto visible = [&](int i, int j) __attribute__((always_inline)) {
-      const vi key = broadcast(static_cast<int32_t>(segment.first) + first + i);
-      const vi in_range = (key >= load(ranges.lo + lane + j * kLanes)) & (key < load(ranges.hi + lane + j * kLanes));
-      return bias ? in_range & (load(bias + (first + i) * kTileLanes + j * kLanes) != minus_inf) : in_range;
-    };
-    row_products<kDot<T>, kRows, kVecs>(
-        segment.k[first], segment.k.row_bytes, D, q, partial,
-        [&](const vf(&s)[kRows][kVecs]) __attribute__((always_inline)) {
-#pragma GCC unroll 6
-          for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) {
-              vf x = s[i][j] * scale - load(lse + j * kLanes);
-              if (kMasked && bias) x += load(bias + (first + i) * kTileLanes + j * kLanes);
-              vf weight = exp2(x);
-              if constexpr (kMasked) weight = visible(i, j) ? weight : vf{};
-              store(weights + i * kBlockM + j * kLanes, weight);
-#ifdef PYATTN_ISA_AVX512_BF16
-              if constexpr (kDot<T>)
-                _mm256_store_si256(reinterpret_cast<__m256i*>(w.p_half + (first + i) * kBlockM + lane + j * kLanes),
-                                   (__m256i)_mm512_cvtneps_pbh(weight));
-#endif
-            }
-          }
-        });
-    row_products<kDot<T>, kRows, kVecs>(
-        segment.v[first], segment.v.row_bytes, Dv, grad_out, partial,
-        [&](const vf(&dp)[kRows][kVecs]) __attribute__((always_inline)) {
-          vf ds[kRows][kVecs];
-#pragma GCC unroll 6
-          for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) {
-              ds[i][j] = load(weights + i * kBlockM + j * kLanes) * (dp[i][j] - load(delta + j * kLanes));
-              if constexpr (kMasked) ds[i][j] = visible(i, j) ? ds[i][j] : vf{};
-            }
-          }
-          if (kMasked && grad_bias) {
-#pragma GCC unroll 6
-            for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-              for (int j = 0; j < kVecs; ++j) {
-                float* sum = grad_bias + (first + i) * kBlockM + lane + j * kLanes;
-                store(sum, load(sum) + ds[i][j]);
-              }
-            }
-          }
-          if constexpr (!kDot<T>) {
-#pragma GCC unroll 6
-            for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-              for (int j = 0; j < kVecs; ++j) store(w.ds + (first + i) * kBlockM + lane + j * kLanes, ds[i][j]);
-          }
-#ifdef PYATTN_ISA_AVX512_BF16
-          if constexpr (kDot<T>) {
-#pragma GCC unroll 6
-            for (int i = 0; i < kRows; i += 2) {
-#pragma GCC unroll 4
-              for (int j = 0; j < kVecs; ++j) {
-                const vf second = i + 1 < kRows ? ds[i + 1 < kRows ? i + 1 : i][j] : vf{};
-                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, ds[i][j]);
-                bf16* half = w.ds_half + (first + i) * kBlockM + lane + j * kLanes;
-                _mm256_store_si256(reinterpret_cast<__m256i*>(half), _mm512_castsi512_si256(both));
-                if (i + 1 < kRows)
-                  _mm256_store_si256(reinterpret_cast<__m256i*>(half + kBlockM), _mm512_extracti64x4_epi64(both, 1));
-                store(w.ds + (first + i) / 2 * kBlockM + lane + j * kLanes, interleave(both));
-              }
-            }
-          }
-#endif
-        });
-  });
-}
-
 // grad_query[e][lane] += sum over keys of key[key][e] * dS[key][lane]
-template <class T, int kPanels>
+template <bool kIsDot, int kPanels>
 __attribute__((noinline)) void add_query_gradient(const AttentionBackwardParams& p, const Workspace& w,
                                                   const KeyOperand& keys, int count, int lane) {
   constexpr int kVecs = kPanels * kPanelVecs;
   float* sums = w.grad_query + lane / kTileLanes * padded(p.D) * kTileLanes + lane % kTileLanes;
   for_row_tiles(static_cast<int>(p.D), [&](int e, auto rows) {
-    add_product<kDot<T>, rows(), kVecs>(reinterpret_cast<const char*>(keys.data + e), 4, 4 * keys.row, w.ds + lane,
-                                        kBlockM, kDot<T> ? (count + 1) / 2 : count, sums + e * kTileLanes, kTileLanes);
+    add_product<kIsDot, rows(), kVecs>(reinterpret_cast<const char*>(keys.data + e), 4, 4 * keys.row,
+                                       EvenRows{w.ds + lane, kBlockM}, kIsDot ? (count + 1) / 2 : count,
+                                       sums + e * kTileLanes, kTileLanes);
   });
 }
 
-template <class T, int kPanels = kMaxPanels>
+template <bool kIsDot, int kPanels = kMaxPanels>
 PYATTN_INLINE void call_add_query_gradient(int panels, const AttentionBackwardParams& p, const Workspace& w,
                                            const KeyOperand& keys, int count, int lane) {
   if (panels == kPanels)
-    add_query_gradient<T, kPanels>(p, w, keys, count, lane);
+    add_query_gradient<kIsDot, kPanels>(p, w, keys, count, lane);
   else if constexpr (kPanels > 1)
-    call_add_query_gradient<T, kPanels - 1>(panels, p, w, keys, count, lane);
+    call_add_query_gradient<kIsDot, kPanels - 1>(panels, p, w, keys, count, lane);
 }
 
 // A key that is not finite has scores that are not: where dS is 0 it was masked.
@@ -315,25 +316,6 @@ void add_hidden_keys(const AttentionBackwardParams& p, const Workspace& w, Hidde
   }
   float* sums = w.grad_query + lane / kTileLanes * padded(p.D) * kTileLanes + lane % kTileLanes;
   hidden.add(key, p.key_stride.l, static_cast<int>(p.D), w.ds + lane, kBlockM, lanes, sums);
-}
-
-// sums[key][e] += sum over words of queries of weights[key][word] * rows[word][e], for kVecs vectors of elements
-template <bool kIsDot, int kVecs>
-__attribute__((noinline)) void add_key_columns(const char* weights, int64_t weights_row, int keys, const float* rows,
-                                               int64_t row, int words, float* sums) {
-  for_row_tiles(keys, [&](int key, auto tile_rows) {
-    add_product<kIsDot, tile_rows(), kVecs>(weights + key * weights_row, weights_row, 4, rows, row, words,
-                                            sums + key * row, row);
-  });
-}
-
-template <bool kIsDot, int kVecs = kTileLanes / kLanes>
-void add_key_gradient(const char* weights, int64_t weights_row, int keys, const float* rows, int64_t row, int words,
-                      float* sums, int vecs) {
-  for (; vecs >= kVecs; vecs -= kVecs, rows += kVecs * kLanes, sums += kVecs * kLanes)
-    add_key_columns<kIsDot, kVecs>(weights, weights_row, keys, rows, row, words, sums);
-  if constexpr (kVecs > 1)
-    if (vecs > 0) add_key_gradient<kIsDot, kVecs - 1>(weights, weights_row, keys, rows, row, words, sums, vecs);
 }
 
 // What the blocks of one key head share.
@@ -361,7 +343,7 @@ void backward_block(const Block<T>& block, const HeadSums& sums, const Turn& tur
     keys.stage(key, p.key_stride.l, count, D, segment.masked, ready, w.k, w.k_finite);
     for (int begin = lane; begin < end;) {
       const int tile_end = min_int(begin / kTileLanes * kTileLanes + kTileLanes, end);
-      call_add_query_gradient<T>((tile_end - begin) / kPanel, p, w, keys, count, begin);
+      call_add_query_gradient<kDot<T>>((tile_end - begin) / kPanel, p, w, keys, count, begin);
       if (keys.hidden.count > 0) add_hidden_keys<T>(p, w, keys.hidden, key, begin, tile_end - begin);
       begin = tile_end;
     }
@@ -371,9 +353,9 @@ void backward_block(const Block<T>& block, const HeadSums& sums, const Turn& tur
     const auto add = [&](const float* weights, const bf16* half, const float* rows, int64_t size, float* to) {
       const char* from =
           kDot<T> ? reinterpret_cast<const char*>(half + lane) : reinterpret_cast<const char*>(weights + lane);
-      add_key_gradient<kDot<T>>(from, kBlockM * 4 / kPerWord, count, rows + lane / kPerWord * padded(size),
-                                padded(size), (end - lane) / kPerWord, to + first * padded(size),
-                                padded(size) / kLanes);
+      const EvenRows right{rows + lane / kPerWord * padded(size), padded(size)};
+      add_products<kDot<T>>(from, kBlockM * 4 / kPerWord, count, right, (end - lane) / kPerWord,
+                            to + first * padded(size), padded(size), padded(size) / kLanes);
     };
     add(w.p, w.p_half, w.grad_rows, p.Dv, sums.value);
     add(w.ds, w.ds_half, w.q_rows, p.D, sums.key);
@@ -386,11 +368,7 @@ void backward_block(const Block<T>& block, const HeadSums& sums, const Turn& tur
 // rows[i] = factor * sums[i]
 template <class T>
 void store_rows(const float* sums, int64_t rows, int size, float factor, T* out, int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i, sums += padded(size), out += stride) {
-    int e = 0;
-    for (; e + kLanes <= size; e += kLanes) store_floats(out + e, load(sums + e) * broadcast(factor));
-    for (; e < size; ++e) from_float(sums[e] * factor, out[e]);
-  }
+  for (int64_t i = 0; i < rows; ++i) store_row(sums + i * padded(size), size, factor, out + i * stride);
 }
 
 template <class T>
@@ -454,7 +432,7 @@ void mask_gradient_tile(const AttentionBackwardParams& p, const Workspace& w, in
   }
   const int rows = p.grad_mask_q == 1 ? 1 : min_int(kBlockM, p.Lq - q_block * kBlockM);
   const int keys = p.grad_mask_k == 1 ? 1 : min_int(kSegment, p.Lk - key_block * kSegment);
-  const auto store_as = [&](auto element) {
+  with_mask_dtype(p.mask_dtype, [&](auto element) {
     auto* out = static_cast<decltype(element)*>(p.grad_mask) +
                 (b_ * p.grad_mask_h + h_) * p.grad_mask_q * p.grad_mask_k + q_block * kBlockM * p.grad_mask_k +
                 key_block * kSegment;
@@ -464,20 +442,10 @@ void mask_gradient_tile(const AttentionBackwardParams& p, const Workspace& w, in
         for (int key = k; key < (p.grad_mask_k == 1 ? kSegment : k + 1); ++key)
           for (int lane = q; lane < (p.grad_mask_q == 1 ? kBlockM : q + 1); ++lane)
             sum += w.grad_bias[key * kBlockM + lane];
-        from_float(sum, out[q * p.grad_mask_k + k]);
+        if constexpr (!std::is_same_v<decltype(element), bool>) from_float(sum, out[q * p.grad_mask_k + k]);
       }
     }
-  };
-  switch (p.mask_dtype) {
-    case DType::f32:
-      return store_as(float{});
-    case DType::bf16:
-      return store_as(bf16{});
-    case DType::f16:
-      return store_as(f16{});
-    case DType::boolean:
-      return;
-  }
+  });
 }
 
 template <class T>

@@ -31,6 +31,8 @@ struct Workspace {
   float* bias;     // [kBlockN][kTileLanes]: attn_mask of one tile, transposed
   float* k;        // [kBlockN][D]: keys converted to float
   float* v;        // [kBlockN][Dv]: values converted to float, or interleaved in pairs
+  void* pages_k;   // [kBlockN][D]: keys gathered from pages
+  void* pages_v;   // [kBlockN][Dv]: values gathered from pages
   float* v_pairs;  // [Lk / 2][Dv]: with the dot product, all values of the head interleaved in pairs
   void* v_finite;  // [kBlockN][Dv]: values of which rows with NaN or inf are set to 0
   float* row_max;  // [kBlockM], in log2 units
@@ -45,7 +47,9 @@ struct Workspace {
     bias = carver.take<float>(p.mask ? kBlockN * kTileLanes : 0);
     k = carver.take<float>(p.dtype == DType::f32 ? 0 : kBlockN * p.D);
     v = carver.take<float>(p.dtype == DType::f32 ? 0 : kBlockN * p.Dv);
-    v_pairs = carver.take<float>(kHasBf16Dot && p.dtype == DType::bf16 ? (p.Lk + 1) / 2 * p.Dv : 0);
+    pages_k = carver.take<float>(p.block_table ? kBlockN * p.D : 0);
+    pages_v = carver.take<float>(p.block_table ? kBlockN * p.Dv : 0);
+    v_pairs = carver.take<float>(kHasBf16Dot && p.dtype == DType::bf16 && !p.block_table ? (p.Lk + 1) / 2 * p.Dv : 0);
     v_finite = carver.take<float>(kBlockN * p.Dv);
     row_max = carver.take<float>(kBlockM);
     row_sum = carver.take<float>(kBlockM);
@@ -64,14 +68,14 @@ struct Segment {
 };
 
 // The first `kPanels` panels from lane `lane` of the block on take in one segment.
-template <class T, int kPanels>
+template <bool kIsDot, int kPanels>
 __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspace& w, const BlockRanges& ranges,
-                                         Segment& segment, const T* value, int lane, bool has_bias) {
+                                         Segment& segment, int lane, bool has_bias) {
   constexpr int kVecs = kPanels * kPanelVecs;
   const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
   const int in_tile = lane % kTileLanes;
   const int64_t tile = lane / kTileLanes;
-  const float* q = w.q + tile * query_words<T>(D) * kTileLanes + in_tile;
+  const float* q = w.q + tile * query_words<kIsDot>(D) * kTileLanes + in_tile;
   float* o = w.o + tile * round_up(Dv, kLanes) * kTileLanes + in_tile;
   float* s = w.s + in_tile;
   const float scale = p.scale * kLog2e;
@@ -80,7 +84,7 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
 #pragma GCC unroll 4
   for (int j = 0; j < kVecs; ++j) largest[j] = broadcast(-kInf);
   for_row_tiles(segment.count, [&](int i, auto rows) {
-    score_tile<kDot<T>, rows(), kVecs>(segment.k[i], segment.k.row_bytes, D, q, scale, s + i * kTileLanes, largest);
+    score_tile<kIsDot, rows(), kVecs>(segment.k[i], segment.k.row_bytes, D, q, scale, s + i * kTileLanes, largest);
   });
   HiddenRows& hidden = segment.v.hidden;
   if (segment.masked) {
@@ -92,23 +96,21 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
         hidden.live[n] |= uint64_t{s[hidden.row[n] * kTileLanes + i] != -kInf} << i;
     }
   }
-  softmax_step<kDot<T>, kVecs>(s, segment.count, largest, w.row_max + lane, w.row_sum + lane, w.alpha + lane);
-  const int rows_of_v = kDot<T> ? (segment.count + 1) / 2 : segment.count;
+  softmax_step<kIsDot, kVecs>(s, segment.count, largest, w.row_max + lane, w.row_sum + lane, w.alpha + lane);
+  const int rows_of_v = kIsDot ? (segment.count + 1) / 2 : segment.count;
   for_row_tiles(Dv, [&](int e, auto rows) {
-    output_tile<kDot<T>, rows(), kVecs>(segment.v.data + e, segment.v.row, rows_of_v, s, w.alpha + lane,
-                                        o + e * kTileLanes);
+    output_tile<kIsDot, rows(), kVecs>(segment.v.data + e, segment.v.row, rows_of_v, s, w.alpha + lane,
+                                       o + e * kTileLanes);
   });
-  const int64_t stride = p.value_stride.l;
-  hidden.add(value + segment.first * stride, stride, Dv, s, kTileLanes, kPanels * kPanel, o);
 }
 
-template <class T, int kPanels = kMaxPanels>
+template <bool kIsDot, int kPanels = kMaxPanels>
 PYATTN_INLINE void call_tile_step(int panels, const AttentionParams& p, const Workspace& w, const BlockRanges& ranges,
-                                  Segment& segment, const T* value, int lane, bool has_bias) {
+                                  Segment& segment, int lane, bool has_bias) {
   if (panels == kPanels)
-    tile_step<T, kPanels>(p, w, ranges, segment, value, lane, has_bias);
+    tile_step<kIsDot, kPanels>(p, w, ranges, segment, lane, has_bias);
   else if constexpr (kPanels > 1)
-    call_tile_step<T, kPanels - 1>(panels, p, w, ranges, segment, value, lane, has_bias);
+    call_tile_step<kIsDot, kPanels - 1>(panels, p, w, ranges, segment, lane, has_bias);
 }
 
 // out = O / sum, transposed back; lse = log(sum) + maximum.
@@ -124,16 +126,16 @@ void finish(const AttentionParams& p, const Workspace& w, int rows, T* out, floa
 // The operands of one key head, and of the query heads that share it.
 template <class T>
 struct Head {
-  const T *query, *key, *value;  // of the first query head
+  const T* query;  // of the first query head
+  KeyRows<T> keys, values;
   const char* mask;
   T* out;
   float* lse;
 
-  Head(const AttentionParams& p, int64_t b, int64_t kv_head) {
+  Head(const AttentionParams& p, int64_t b, int64_t kv_head)
+      : keys(p, p.key, p.key_stride, b, kv_head), values(p, p.value, p.value_stride, b, kv_head) {
     const int64_t h = kv_head * (p.Hq / p.Hkv);
     query = static_cast<const T*>(p.query) + b * p.query_stride.b + h * p.query_stride.h;
-    key = static_cast<const T*>(p.key) + b * p.key_stride.b + kv_head * p.key_stride.h;
-    value = static_cast<const T*>(p.value) + b * p.value_stride.b + kv_head * p.value_stride.h;
     out = static_cast<T*>(p.out) + b * p.out_stride.b + h * p.out_stride.h;
     lse = p.lse + (b * p.Hq + h) * p.Lq;
     mask = static_cast<const char*>(p.mask);
@@ -164,16 +166,20 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
     segment.first = first;
     segment.count = count;
     segment.masked = edge || has_bias;
-    segment.k = stage_rows(head.key + first * p.key_stride.l, p.key_stride.l, count, D, w.k);
-    const float* pairs = kDot<T> ? w.v_pairs + first / 2 * Dv : nullptr;
-    segment.v.stage(head.value + first * p.value_stride.l, p.value_stride.l, count, Dv, segment.masked, pairs, w.v,
-                    w.v_finite);
+    int64_t k_stride, v_stride;
+    const T* key = head.keys.rows(first, count, D, w.pages_k, k_stride);
+    segment.k = stage_rows(key, k_stride, count, D, w.k);
+    const T* value = head.values.rows(first, count, Dv, w.pages_v, v_stride);
+    const float* pairs = kDot<T> && !p.block_table ? w.v_pairs + first / 2 * Dv : nullptr;
+    segment.v.stage(value, v_stride, count, Dv, segment.masked, pairs, w.v, w.v_finite);
     for (int begin = 0; begin < ranges.live_lanes; begin += kTileLanes) {
       int lane = begin, end = min_int(begin + kTileLanes, ranges.live_lanes);
       ranges.narrow(first, count, lane, end);
       if (lane >= end) continue;
       if (has_bias) load_bias(p, mask, first_query + begin, first, ranges.rows - begin, count, w.bias);
-      call_tile_step<T>((end - lane) / kPanel, p, w, ranges, segment, head.value, lane, has_bias);
+      call_tile_step<kDot<T>>((end - lane) / kPanel, p, w, ranges, segment, lane, has_bias);
+      float* o = w.o + lane / kTileLanes * round_up(Dv, kLanes) * kTileLanes + lane % kTileLanes;
+      segment.v.hidden.add(value, v_stride, Dv, w.s + lane % kTileLanes, kTileLanes, end - lane, o);
     }
   });
   T* out = head.out + group_head * p.out_stride.h + first_query * p.out_stride.l;
@@ -196,8 +202,8 @@ void forward(const AttentionParams& p, int threads) {
     if constexpr (kDot<T>) {
       const int64_t from = ranges.row(0).lo / 2 * 2, to = even_end(ranges.row(p.Lq - 1).hi, p.Lk);
       const int64_t stride = p.value_stride.l;
-      if (from < to)
-        interleave_rows(head.value + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv, p.Dv);
+      if (from < to && !p.block_table)
+        interleave_rows(head.values.first + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv, p.Dv);
     }
     for (int64_t i = task % slices; i < all_blocks; i += slices)
       forward_block(p, w, ranges, head, i / blocks, (blocks - 1 - i % blocks) * kBlockM);
@@ -207,9 +213,11 @@ void forward(const AttentionParams& p, int threads) {
 }  // namespace
 
 void attention_forward(const AttentionParams& p, int threads) {
-  // Waking a thread costs more than it brings below some 100 microseconds of work.
-  const double flops = 2.0 * static_cast<double>(p.B * p.Hq * p.Lq) * static_cast<double>(p.Lk * (p.D + p.Dv));
-  if (flops < 5e6) threads = 1;
+  // Waking a thread costs more than it brings below some 100 microseconds of work, or of reading keys.
+  const double pairs = 2.0 * static_cast<double>(p.Lk * (p.D + p.Dv));
+  const double flops = pairs * static_cast<double>(p.B * p.Hq * p.Lq), reads = pairs * static_cast<double>(p.B * p.Hkv);
+  if (flops < 5e6 && reads < 1e6) threads = 1;
+  if (p.Lq <= kDecodeQueries) return attention_decode(p, threads);
   switch (p.dtype) {
     case DType::f32:
       return forward<float>(p, threads);

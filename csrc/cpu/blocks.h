@@ -105,6 +105,50 @@ struct HiddenRows {
   }
 };
 
+// The keys, or values, of one head of one sample: one after the other, or in pages.
+template <class T>
+struct KeyRows {
+  const T* first;  // key 0, or the head's first key of page 0
+  int64_t stride;
+  const int32_t* pages;  // of this sample, or null
+  int64_t page_size, page_stride, length;
+
+  KeyRows(const AttentionParams& p, const void* tensor, const Strides& strides, int64_t b, int64_t kv_head)
+      : first(static_cast<const T*>(tensor) + kv_head * strides.h + (p.block_table ? 0 : b * strides.b)),
+        stride(strides.l),
+        pages(p.block_table ? p.block_table + b * (p.Lk / p.page_size) : nullptr),
+        page_size(p.page_size),
+        page_stride(strides.b),
+        length(p.kv_lengths ? p.kv_lengths[b] : p.Lk) {}
+
+  // Calls visit(index, row) for keys [key, key + count). In pages, `row` is null past the length: no page is there.
+  template <class Visit>
+  PYATTN_INLINE void for_each(int64_t key, int count, const Visit& visit) const {
+    if (!pages) {
+      for (int i = 0; i < count; ++i) visit(i, first + (key + i) * stride);
+      return;
+    }
+    for (int i = 0; i < count;) {
+      const int64_t in_page = (key + i) % page_size;
+      const bool exists = key + i < length;
+      const T* row = exists ? first + pages[(key + i) / page_size] * page_stride + in_page * stride : nullptr;
+      const int end = min_int(count, i + (exists ? min_int(page_size - in_page, length - key - i) : count - i));
+      for (; i < end; ++i, row += row ? stride : 0) visit(i, row);
+    }
+  }
+
+  // Keys [key, key + count) as rows `row_stride` apart: in place, or gathered from pages, with zeros past the length.
+  const T* rows(int64_t key, int count, int64_t size, void* gathered, int64_t& row_stride) const {
+    row_stride = pages ? size : stride;
+    if (!pages) return first + key * stride;
+    T* out = static_cast<T*>(gathered);
+    for_each(key, count, [&](int i, const T* row) {
+      for (int64_t e = 0; e < size; ++e) out[i * size + e] = row ? row[e] : T{};
+    });
+    return out;
+  }
+};
+
 // Rows as the left operand of a product along d: floats, or bfloat16 in pairs.
 struct Rows {
   const char* data;

@@ -11,6 +11,9 @@ namespace pyattn {
 constexpr int kBlockM = 64;
 constexpr int kBlockN = 192;
 
+// Up to so many queries the forward is computed by attention_decode.
+constexpr int kDecodeQueries = 8;
+
 constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
 
 // What every instruction set provides. `peak_gflops` measures the rate of multiply-adds of one thread, with
@@ -26,6 +29,7 @@ struct CpuKernels {
   namespace ISA {                                                       \
   void attention_forward(const AttentionParams&, int threads);          \
   void attention_backward(const AttentionBackwardParams&, int threads); \
+  void attention_decode(const AttentionParams&, int threads);           \
   double peak_gflops(DType dtype);                                      \
   }
 PYATTN_DECLARE(avx512_bf16)

@@ -16,9 +16,9 @@ template <class T>
 constexpr bool kDot = kHasBf16Dot && std::is_same_v<T, bf16>;
 
 // Words of a transposed query: floats, or pairs of bfloat16. Whole vectors of them, so that transposes need no end.
-template <class T>
+template <bool kIsDot>
 PYATTN_INLINE int64_t query_words(int64_t D) {
-  return round_up(kDot<T> ? (D + 1) / 2 : D, kLanes);
+  return round_up(kIsDot ? (D + 1) / 2 : D, kLanes);
 }
 
 // kLanes words: floats, or pairs of bfloat16 along the row.
@@ -30,12 +30,13 @@ PYATTN_INLINE vf load_words(const T* row) {
     return load_floats(row);
 }
 
-// The queries of a block, transposed to [tile][word][lane]; lanes past `rows` and words past the end are 0.
+// The queries of a block, transposed to [tile][word][lane]; words past the end and lanes past `rows`, up to whole
+// panels, are 0.
 template <class T>
 void pack_queries(const T* query, int64_t stride, int rows, int size, float* out) {
   constexpr int kColumns = kLanes * (kDot<T> ? 2 : 1);  // of a square block of words
-  const int64_t words = query_words<T>(size);
-  for (int lane = 0; lane < rows; lane += kLanes) {
+  const int64_t words = query_words<kDot<T>>(size);
+  for (int lane = 0; lane < round_up(rows, kPanel); lane += kLanes) {
     float* column = out + lane / kTileLanes * words * kTileLanes + lane % kTileLanes;
     for (int first = 0; first < size; first += kColumns, column += kLanes * kTileLanes) {
       const T* in = query + lane * stride + first;
@@ -61,33 +62,48 @@ void pack_queries(const T* query, int64_t stride, int rows, int size, float* out
 }
 
 template <class T>
-void convert_rows(const T* in, int64_t stride, int rows, int size, float* out, int64_t out_stride) {
-  for (int r = 0; r < rows; ++r, in += stride, out += out_stride) {
-    int e = 0;
-    for (; e + kLanes <= size; e += kLanes) store_unaligned(out + e, load_floats(in + e));
-    for (; e < size; ++e) out[e] = to_float(in[e]);
-  }
+PYATTN_INLINE void convert_row(const T* in, int size, float* out) {
+  int e = 0;
+  for (; e + kLanes <= size; e += kLanes) store_unaligned(out + e, load_floats(in + e));
+  for (; e < size; ++e) out[e] = to_float(in[e]);
 }
 
-// Two rows of values become one row of pairs; an odd last row is paired with zeros.
+template <class T>
+void convert_rows(const T* in, int64_t stride, int rows, int size, float* out, int64_t out_stride) {
+  for (int r = 0; r < rows; ++r) convert_row(in + r * stride, size, out + r * out_stride);
+}
+
+// out = factor * in, which is aligned
+template <class T>
+PYATTN_INLINE void store_row(const float* in, int size, float factor, T* out) {
+  int e = 0;
+  for (; e + kLanes <= size; e += kLanes) store_floats(out + e, load(in + e) * broadcast(factor));
+  for (; e < size; ++e) from_float(in[e] * factor, out[e]);
+}
+
+// Two rows become one row of pairs; b may be null and counts as zeros.
+PYATTN_INLINE void interleave_pair(const bf16* a, const bf16* b, int64_t size, float* out) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(out);
+  int64_t e = 0;
+#ifdef PYATTN_AVX512
+  constexpr int kElements = 2 * kLanes;
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(kLanes));
+  for (; e + kElements <= size; e += kElements) {
+    const __m512i low = _mm512_loadu_si512(a + e), high = b ? _mm512_loadu_si512(b + e) : _mm512_setzero_si512();
+    _mm512_storeu_si512(words + e, _mm512_permutex2var_epi16(low, first, high));
+    _mm512_storeu_si512(words + e + kLanes, _mm512_permutex2var_epi16(low, second, high));
+  }
+#endif
+  for (; e < size; ++e) words[e] = a[e].bits | uint32_t{b ? b[e].bits : uint16_t{0}} << 16;
+}
+
+// Pairs of rows become rows of pairs; an odd last row is paired with zeros.
 [[maybe_unused]] void interleave_rows(const bf16* in, int64_t stride, int64_t rows, int64_t size, float* out,
                                       int64_t out_stride) {
-  for (int64_t r = 0; r < rows; r += 2, out += out_stride) {
-    const bf16 *a = in + r * stride, *b = a + stride;
-    const bool pair = r + 1 < rows;
-    uint32_t* words = reinterpret_cast<uint32_t*>(out);
-    int64_t e = 0;
-#ifdef PYATTN_AVX512
-    for (; e + kLanes <= size; e += kLanes) {
-      const auto widen = [&](const bf16* p) {
-        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + e)));
-      };
-      const __m512i high = pair ? _mm512_slli_epi32(widen(b), 16) : _mm512_setzero_si512();
-      _mm512_storeu_si512(words + e, _mm512_or_si512(widen(a), high));
-    }
-#endif
-    for (; e < size; ++e) words[e] = a[e].bits | uint32_t{pair ? b[e].bits : uint16_t{0}} << 16;
-  }
+  for (int64_t r = 0; r < rows; r += 2, out += out_stride)
+    interleave_pair(in + r * stride, r + 1 < rows ? in + (r + 1) * stride : nullptr, size, out);
 }
 
 // The first `rows` lanes of columns [size][kTileLanes], each times its factor, as rows of the tensor.
@@ -126,6 +142,21 @@ PYATTN_INLINE float bias_of(M x) {
 }
 PYATTN_INLINE float bias_of(bool attend) { return attend ? 0.f : -kInf; }
 
+// Calls f with a value of the mask's element type.
+template <class F>
+PYATTN_INLINE void with_mask_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    case DType::boolean:
+      return f(bool{});
+  }
+}
+
 // attn_mask of `keys` keys and the tile's queries, transposed to [key][lane] and in log2 units.
 template <class M>
 void load_bias(const M* mask, int64_t stride_q, int64_t stride_k, int queries, int keys, float* bias) {
@@ -158,23 +189,13 @@ void load_bias(const M* mask, int64_t stride_q, int64_t stride_k, int queries, i
   }
 }
 
-void load_bias(const AttentionParams& p, const char* mask, int64_t query, int64_t key, int queries, int keys,
-               float* bias) {
+[[maybe_unused]] void load_bias(const AttentionParams& p, const char* mask, int64_t query, int64_t key, int queries,
+                                int keys, float* bias) {
   const int64_t offset = query * p.mask_stride_q + key * p.mask_stride_k;
-  const auto load_as = [&](auto element) {
+  with_mask_dtype(p.mask_dtype, [&](auto element) {
     const auto* first = reinterpret_cast<const decltype(element)*>(mask) + offset;
     load_bias(first, p.mask_stride_q, p.mask_stride_k, queries, keys, bias);
-  };
-  switch (p.mask_dtype) {
-    case DType::f32:
-      return load_as(float{});
-    case DType::bf16:
-      return load_as(bf16{});
-    case DType::f16:
-      return load_as(f16{});
-    case DType::boolean:
-      return load_as(bool{});
-  }
+  });
 }
 
 }  // namespace

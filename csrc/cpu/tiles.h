@@ -68,16 +68,34 @@ PYATTN_INLINE void for_row_tiles(int count, const F& f) {
   }
 }
 
+// Rows of floats that lie `stride` floats apart.
+struct EvenRows {
+  const float* data;
+  int64_t stride;
+
+  PYATTN_INLINE const float* operator[](int i) const { return data + i * stride; }
+  EvenRows from_lane(int64_t lane) const { return {data + lane, stride}; }
+};
+
+// Rows of floats anywhere.
+struct ScatteredRows {
+  const float* const* rows;
+  int64_t lane;
+
+  PYATTN_INLINE const float* operator[](int i) const { return rows[i] + lane; }
+  ScatteredRows from_lane(int64_t first) const { return {rows, lane + first}; }
+};
+
 // c[i][lane] += sum over words of a[i][word] * b[word][lane]. The rows of a lie `a_row` bytes apart, its words `a_word`
-// bytes; the rows of b `b_row` floats.
-template <bool kIsDot, int kRows, int kVecs>
-PYATTN_INLINE void multiply(const char* a, int64_t a_row, int64_t a_word, const float* b, int64_t b_row, int words,
+// bytes; b[word] is a pointer to floats.
+template <bool kIsDot, int kRows, int kVecs, class B>
+PYATTN_INLINE void multiply(const char* a, int64_t a_row, int64_t a_word, const B& b, int words,
                             vf (&c)[kRows][kVecs]) {
 #pragma GCC unroll 2
   for (int w = 0; w < words; ++w) {
     vf row[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) row[j] = load(b + w * b_row + j * kLanes);
+    for (int j = 0; j < kVecs; ++j) row[j] = load_unaligned(b[w] + j * kLanes);
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
       const vf word = broadcast_word(a + i * a_row + w * a_word);
@@ -98,7 +116,7 @@ PYATTN_INLINE void row_products(const char* a, int64_t a_row, int size, const fl
     const int count = words - first > kMaxSum ? kMaxSum : words - first;
     const bool last = first + count == words;
     vf c[kRows][kVecs] = {};
-    multiply<kIsDot>(a + 4 * first, a_row, 4, b + first * kTileLanes, kTileLanes, count, c);
+    multiply<kIsDot>(a + 4 * first, a_row, 4, EvenRows{b + first * kTileLanes, kTileLanes}, count, c);
     if (kIsDot && size % 2 && last) {
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
@@ -146,7 +164,7 @@ PYATTN_INLINE void score_tile(const char* k, int64_t k_row, int size, const floa
 template <bool kIsDot, int kRows, int kVecs>
 PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const float* p, const float* alpha, float* o) {
   vf c[kRows][kVecs] = {};
-  multiply<kIsDot>(reinterpret_cast<const char*>(v), 4, 4 * v_row, p, kTileLanes, rows, c);
+  multiply<kIsDot>(reinterpret_cast<const char*>(v), 4, 4 * v_row, EvenRows{p, kTileLanes}, rows, c);
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -158,11 +176,11 @@ PYATTN_INLINE void output_tile(const float* v, int64_t v_row, int rows, const fl
 }
 
 // sums[i][lane] += sum over words of a[i][word] * b[word][lane], as in `multiply`.
-template <bool kIsDot, int kRows, int kVecs>
-PYATTN_INLINE void add_product(const char* a, int64_t a_row, int64_t a_word, const float* b, int64_t b_row, int words,
-                               float* sums, int64_t sums_row) {
+template <bool kIsDot, int kRows, int kVecs, class B>
+PYATTN_INLINE void add_product(const char* a, int64_t a_row, int64_t a_word, const B& b, int words, float* sums,
+                               int64_t sums_row) {
   vf c[kRows][kVecs] = {};
-  multiply<kIsDot>(a, a_row, a_word, b, b_row, words, c);
+  multiply<kIsDot>(a, a_row, a_word, b, words, c);
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -171,6 +189,24 @@ PYATTN_INLINE void add_product(const char* a, int64_t a_row, int64_t a_word, con
       store(sum, load(sum) + c[i][j]);
     }
   }
+}
+
+// The same for `rows` rows and kVecs vectors of lanes.
+template <bool kIsDot, int kVecs, class B>
+__attribute__((noinline)) void add_product_panel(const char* a, int64_t a_row, int rows, const B& b, int words,
+                                                 float* sums, int64_t sums_row) {
+  for_row_tiles(rows, [&](int i, auto tile_rows) {
+    add_product<kIsDot, tile_rows(), kVecs>(a + i * a_row, a_row, 4, b, words, sums + i * sums_row, sums_row);
+  });
+}
+
+// The same for `vecs` vectors of lanes.
+template <bool kIsDot, int kVecs = kTileLanes / kLanes, class B>
+void add_products(const char* a, int64_t a_row, int rows, B b, int words, float* sums, int64_t sums_row, int vecs) {
+  for (; vecs >= kVecs; vecs -= kVecs, b = b.from_lane(kVecs * kLanes), sums += kVecs * kLanes)
+    add_product_panel<kIsDot, kVecs>(a, a_row, rows, b, words, sums, sums_row);
+  if constexpr (kVecs > 1)
+    if (vecs > 0) add_products<kIsDot, kVecs - 1>(a, a_row, rows, b, words, sums, sums_row, vecs);
 }
 
 // Scores plus bias, -inf where masked; `largest` anew. A masked score may have been NaN.

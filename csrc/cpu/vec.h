@@ -198,6 +198,21 @@ PYATTN_INLINE void store_floats(bf16* p, vf x) {
 }
 #endif
 
+// The first `count` of kLanes 32-bit words, the others 0; kLanes * 2 elements where they are of 16 bits.
+template <class T>
+PYATTN_INLINE vf load_some(const T* p, int count) {
+#ifdef PYATTN_AVX512
+  if constexpr (sizeof(T) == 4)
+    return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((uint32_t{1} << count) - 1), p);
+  else
+    return (vf)_mm512_maskz_loadu_epi16((uint32_t{1} << count) - 1, p);
+#else
+  alignas(64) T padded[kLanes * 4 / sizeof(T)] = {};
+  std::memcpy(padded, p, static_cast<size_t>(count) * sizeof(T));
+  return load_unaligned(padded);
+#endif
+}
+
 // ---- transposes ----
 
 // One step of a transpose: exchanges the off-diagonal blocks of size kStep between two rows.
@@ -227,6 +242,20 @@ PYATTN_INLINE void transpose(vf (&rows)[kLanes]) {
   if constexpr (kLanes > 4) transpose_step<4>(rows);
   transpose_step<2>(rows);
   transpose_step<1>(rows);
+}
+
+// The sum of the lanes of a[i], in lane i. Overwrites a.
+template <int kStep = kLanes / 2>
+PYATTN_INLINE vf sum_lanes(vf (&a)[kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kStep; ++i) {
+    exchange<kStep>(a[i], a[i + kStep]);
+    a[i] += a[i + kStep];
+  }
+  if constexpr (kStep > 1)
+    return sum_lanes<kStep / 2>(a);
+  else
+    return a[0];
 }
 
 }  // namespace pyattn::PYATTN_ISA

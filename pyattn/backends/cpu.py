@@ -27,7 +27,6 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 _LATER = {  # members of the spec without a kernel
     "alibi_slopes": "ALiBi",
     "sinks": "sinks",
-    "block_table": "paged keys",
     "cu_seqlens_q": "packed sequences",
 }
 _UNLIMITED = -1
@@ -104,8 +103,12 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def describe(problem: Problem) -> str:
-    tile = f"tiles of {_native.BLOCK_M} queries x {_native.BLOCK_N} keys"
-    return f"{_isa}, {tile}, {torch.get_num_threads()} threads"
+    how = f"tiles of {_native.BLOCK_M} queries x {_native.BLOCK_N} keys"
+    if problem.op == "backward":
+        how = f"blocks of {_native.BLOCK_M} queries"
+    elif problem.query_length <= _native.DECODE_QUERIES:
+        how = "keys split into chunks"
+    return f"{_isa}, {how}, {torch.get_num_threads()} threads"
 
 
 def _address(x: Tensor | None) -> int:
@@ -123,6 +126,10 @@ def _arguments(
     query, key, value, mask = t.query, t.key, t.value, t.attn_mask
     B, Hq, Lq, D = query.shape
     _, Hkv, Lk, Dv = value.shape
+    block_table, page_size = t.block_table, 0
+    if block_table is not None:
+        block_table, page_size = block_table.contiguous(), Lk
+        Lk *= block_table.shape[1]
     mask_dtype, mask_stride = 0, _NO_SIZES
     if mask is not None:
         mask_dtype, mask_stride = _DTYPES[mask.dtype], mask.expand(B, Hq, Lq, Lk).stride()
@@ -142,6 +149,8 @@ def _arguments(
         _address(mask),
         mask_dtype,
         mask_stride,
+        _address(block_table),
+        page_size,
         _address(q_offsets),
         _address(lengths),
         _address(starts),
@@ -150,7 +159,7 @@ def _arguments(
         _UNLIMITED if spec.window_right is None else spec.window_right,
         spec.scale,
     )
-    return arguments, (q_offsets, lengths, starts)
+    return arguments, (block_table, q_offsets, lengths, starts)
 
 
 def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
