@@ -1,19 +1,28 @@
 """One list of workloads for tests, benchmarks and tuning, and the rule by which a result is judged.
 
-``CASES`` names the problems, ``make_inputs`` makes their tensors, ``run`` calls the right function, and
-``assert_close`` holds a result to the float64 reference by a rule instead of a number for each test.
+``CASES`` names the problems, ``make_inputs`` makes their tensors, ``run`` calls the right function,
+``forward_and_gradients`` differentiates it, and ``assert_close`` holds a result to the float64 reference by a rule
+instead of a number for each test; ``check_case`` does it for all that a case gives.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from pyattn import functional
+from pyattn import functional, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels compute in; float64 is the reference's
+DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "sinks")
+OUTPUTS = ("out", "lse")
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,8 @@ class Case:
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     q_offset: int | tuple[int, ...] | None = None
-    mask: str | None = None  # "bool" or "float"
-    mask_shape: str = "BHQK"  # a letter replaced by 1 broadcasts
+    mask: str | None = None  # "bool", "float" (of the query's dtype) or "float32"
+    mask_shape: str = "BHQK"  # a letter replaced by 1 broadcasts; a small one is of full size, expanded (stride 0)
     alibi: bool = False
     softcap: float | None = None
     sinks: bool = False
@@ -47,6 +56,27 @@ class Case:
     @property
     def batch(self) -> int:
         return self.B if self.packed is None else len(self.packed)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether all its floating tensors may ask for a gradient: paged keys have none."""
+        return self.page_size is None
+
+    def small(self) -> Case:
+        """The same features at lengths and head dims an order of magnitude smaller, to go through one by one."""
+
+        def shrink(x: Any, step: int) -> Any:
+            if isinstance(x, tuple):
+                return tuple(shrink(y, step) for y in x)
+            return None if x is None else -(-x // step)
+
+        step = max(self.Lq, self.Lk) // 6 + 1 if self.packed is None else 16
+        lengths = ("Lq", "Lk", "window", "q_offset", "kv_lengths", "kv_starts", "packed")
+        changes = {name: shrink(getattr(self, name), step) for name in lengths}
+        changes |= {"D": shrink(self.D, 32), "Dv": shrink(self.Dv, 32)}
+        if self.page_size is not None:
+            changes |= {"page_size": 2, "Lk": changes["Lk"] * 2}
+        return dataclasses.replace(self, **changes)
 
 
 CASES = [
@@ -99,11 +129,40 @@ CASES = [
     Case("dropout, everything", dropout_p=1.0),
     Case("paged", Lq=9, Lk=112, page_size=16, kv_lengths=(100, 37), causal=True),
     Case("paged, odd pages", Lq=1, Lk=105, Hkv=1, page_size=7, kv_lengths=(105, 1)),
+    Case("paged, window", Hq=6, Hkv=2, Lq=3, Lk=640, D=32, page_size=64, kv_lengths=(640, 0), window=(300, 0)),
+    Case("paged, many queries", Hkv=2, Lq=150, Lk=320, D=32, Dv=40, page_size=32, kv_lengths=(320, 170),
+         kv_starts=(0, 65), causal=True),
+    Case("paged, mask", Lq=2, Lk=200, D=16, page_size=8, kv_lengths=(190, 55), mask="float"),
     Case("packed", packed=((70, 70), (1, 1), (0, 9), (33, 33)), causal=True),
     Case("packed, lengths differ", packed=((5, 80), (64, 3), (7, 0)), window=(30, 2), Hkv=2),
     Case("packed, family", packed=((40, 40), (9, 50)), alibi=True, sinks=True, softcap=5.0, dropout_p=0.2),
     Case("everything", Lq=60, Lk=150, Hkv=2, D=40, Dv=24, causal=True, window=(100, 0), mask="float", alibi=True,
          softcap=4.0, sinks=True, kv_lengths=(150, 90), kv_starts=(10, 0), dropout_p=0.1, scale=0.3),
+    # One query and few: their keys may be split over threads.
+    Case("decode", Hq=8, Hkv=2, Lq=1, Lk=2500),
+    Case("decode, window", Hq=6, Hkv=2, Lq=4, Lk=1300, D=32, window=(1000, 0), kv_lengths=(1300, 600)),
+    Case("decode, mask", Hkv=2, Lq=8, Lk=700, D=32, mask="bool", causal=True),
+    # Several tiles of queries and of keys, none of them whole: what a gradient sums over.
+    Case("tiles, gqa", B=1, Hq=6, Hkv=2, Lq=300, Lk=330, causal=True),
+    Case("tiles, gqa, window", B=1, Hq=8, Hkv=2, Lq=210, Lk=270, D=32, window=(70, 10)),
+    Case("tiles, rows without keys", B=1, Hq=2, Hkv=1, Lq=330, Lk=110, D=32, causal=True),
+    Case("tiles, padding", Hkv=2, Lq=200, Lk=300, D=16, kv_lengths=(300, 131), kv_starts=(65, 0)),
+    Case("tiles, bool mask", Hkv=2, Lq=200, Lk=230, D=16, mask="bool"),
+    Case("tiles, head dim 40, v 104", B=1, Hkv=2, Lq=210, Lk=230, D=40, Dv=104, layout="BLHD", causal=True),
+    Case("tiles, head dim 136, v 24", B=1, Hq=3, Hkv=1, Lq=150, Lk=210, D=136, Dv=24),
+    Case("tiles, head dim 256", B=1, Hq=2, Hkv=1, Lq=210, Lk=390, D=256),
+    Case("tiles, head dim 512", B=1, Hq=2, Hkv=1, Lq=260, Lk=260, D=512, causal=True),
+    Case("tiles, float mask", Hkv=2, Lq=201, Lk=230, D=32, mask="float", causal=True),
+    Case("tiles, float mask 11QK", Hkv=1, Lq=200, Lk=250, D=32, mask="float", mask_shape="11QK", window=(90, 40)),
+    Case("tiles, float mask 1HQK", Hkv=2, Lq=210, Lk=199, D=16, mask="float", mask_shape="1HQK"),
+    Case("tiles, float mask B1QK", Hkv=2, Lq=210, Lk=199, D=16, mask="float", mask_shape="B1QK", layout="BLHD"),
+    Case("tiles, float mask B11K", Hkv=2, Lq=200, Lk=250, D=16, mask="float", mask_shape="B11K", window=(60, 30)),
+    Case("tiles, float mask 1H1K", Hkv=2, Lq=200, Lk=250, D=16, mask="float", mask_shape="1H1K", causal=True),
+    Case("tiles, float mask 1HQ1", Hkv=2, Lq=250, Lk=200, D=16, mask="float", mask_shape="1HQ1"),
+    Case("tiles, float32 mask", Hkv=2, Lq=200, Lk=250, D=32, mask="float32", causal=True),
+    Case("tiles, float32 mask 11QK", Hkv=2, Lq=199, Lk=210, D=16, mask="float32", mask_shape="11QK"),
+    Case("tiles, expanded mask", Hkv=2, Lq=200, Lk=210, D=16, mask="float", mask_shape="bhQK", window=(90, 9)),
+    Case("tiles, expanded float32 mask", B=1, Hkv=2, Lq=210, Lk=199, D=16, mask="float32", mask_shape="BHqK"),
 ]  # fmt: skip
 
 
@@ -148,12 +207,14 @@ def make_inputs(
         kwargs["key"] = heads(case.B, case.Hkv, case.Lk, case.D)
         kwargs["value"] = heads(case.B, case.Hkv, case.Lk, Dv)
     if case.mask is not None:
-        sizes = {"B": case.B, "H": case.Hq, "Q": case.Lq, "K": case.Lk, "1": 1}
-        shape = tuple(sizes[axis] for axis in case.mask_shape)
+        sizes = {"B": case.B, "H": case.Hq, "Q": case.Lq, "K": case.Lk}
+        shape = [sizes.get(axis, 1) for axis in case.mask_shape]
+        full = [sizes.get(axis.upper(), 1) for axis in case.mask_shape]
         if case.mask == "bool":
-            kwargs["attn_mask"] = (torch.rand(*shape, generator=generator) < 0.7).to(device)
+            kwargs["attn_mask"] = (torch.rand(*shape, generator=generator) < 0.7).to(device).expand(full)
         else:
-            kwargs["attn_mask"] = normal(*shape)
+            mask = normal(*shape, dtype=dtype if case.mask == "float" else torch.float32)
+            kwargs["attn_mask"] = mask.detach().expand(full).requires_grad_(requires_grad)
     if case.alibi:
         kwargs["alibi_slopes"] = torch.rand(case.Hq, generator=generator).to(device)
     if case.sinks:
@@ -174,6 +235,35 @@ def run(kwargs: dict[str, Any], *, dropout_seed: int = 0, **overrides: Any) -> A
         return function(**{**kwargs, **overrides})
 
 
+def random_grads(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A standard normal gradient of each of ``OUTPUTS``, the same for the same shapes."""
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(outputs[name].shape, generator=generator).to(outputs[name]) for name in OUTPUTS}
+
+
+def forward_and_gradients(
+    kwargs: dict[str, Any],
+    call: Callable[[dict[str, Any]], tuple[Tensor, Tensor]],
+    through: tuple[str, ...] = OUTPUTS,
+    grads: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """``{name: tensor}``: ``call``'s out and lse, and the gradients of all that requires one.
+
+    ``through`` names the outputs that gradients come through; without any there is only the forward. ``grads`` are
+    their gradients, by default ``random_grads``.
+    """
+    outputs = dict(zip(OUTPUTS, call(kwargs), strict=True))
+    results = {name: x.detach() for name, x in outputs.items()}
+    if through:
+        inputs = {name: x for name in DIFFERENTIABLE if (x := kwargs.get(name)) is not None and x.requires_grad}
+        grads = grads or random_grads(outputs)
+        gradients = torch.autograd.grad(
+            [outputs[name] for name in through], tuple(inputs.values()), [grads[name] for name in through]
+        )
+        results |= {f"grad of {name}": grad for name, grad in zip(inputs, gradients, strict=True)}
+    return results
+
+
 def to_dtype(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """A copy with floating tensors, except ALiBi slopes, in ``dtype``, detached but as demanding of gradients."""
 
@@ -183,6 +273,40 @@ def to_dtype(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         return x.detach().to(dtype).requires_grad_(x.requires_grad)
 
     return {name: convert(name, x) for name, x in kwargs.items()}
+
+
+def to_pages(kwargs: dict[str, Any], page_size: int, *, fill: float = math.nan, seed: int = 0) -> dict[str, Any]:
+    """The same dense problem with paged keys.
+
+    The pages lie in random order among others that no sample uses. All that lies outside ``kv_lengths`` (default:
+    everything is in use) is ``fill``, and there the block table holds numbers of no page.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    B, _, Lk, _ = kwargs["key"].shape
+    device = kwargs["key"].device
+    lengths = kwargs.get("kv_lengths")
+    lengths = torch.full((B,), Lk, device=device) if lengths is None else lengths
+    pages_per_sample = -(-Lk // page_size)
+    num_pages = B * pages_per_sample + 3
+    table = torch.randperm(num_pages, generator=generator)[: B * pages_per_sample].view(B, -1).to(device)
+
+    def pages(x: Tensor) -> Tensor:
+        """``[B, Hkv, Lk, D]`` to ``[num_pages, Hkv, page_size, D]``."""
+        x = x.masked_fill((torch.arange(Lk, device=device) >= lengths[:, None])[:, None, :, None], fill)
+        x = torch.nn.functional.pad(x, (0, 0, 0, pages_per_sample * page_size - Lk), value=fill)
+        filled = x.new_full((num_pages, x.shape[1], page_size, x.shape[3]), fill)
+        filled[table.flatten()] = x.unflatten(2, (pages_per_sample, page_size)).transpose(1, 2).flatten(0, 1)
+        return filled
+
+    used = torch.arange(pages_per_sample, device=device) < -(-lengths[:, None] // page_size)
+    nowhere = torch.tensor([-1, num_pages, -(2**31), 2**31 - 1], device=device)
+    nowhere = nowhere[torch.arange(table.numel(), device=device) % 4].view_as(table)
+    paged = {"key": pages(kwargs["key"]), "value": pages(kwargs["value"]), "kv_lengths": lengths.to(torch.int32)}
+    paged["block_table"] = torch.where(used, table, nowhere).to(torch.int32)
+    mask = kwargs.get("attn_mask")
+    if mask is not None and mask.shape[-1] > 1:
+        paged["attn_mask"] = torch.nn.functional.pad(mask, (0, pages_per_sample * page_size - Lk))
+    return kwargs | paged
 
 
 def _ulp(magnitude: float, dtype: torch.dtype) -> float:
@@ -198,8 +322,9 @@ def assert_close(actual: Tensor, emulated: Tensor, truth: Tensor, name: str = "o
     With errors taken against the truth: the largest error is at most twice the emulation's plus half an ulp of the
     largest value; the relative L2 error at most twice the emulation's plus half an epsilon; and so for the signed
     error along the truth, averaged over everything, in which roundings cancel and a systematic error (a scale that is
-    0.2% off, in bfloat16) does not, plus four epsilons of the float32 that kernels compute in. Infinities must stand
-    where the truth has them, and there must be no NaN.
+    0.2% off, in bfloat16) does not, plus four times the spread that roundings leave in such an average, and four
+    epsilons of the float32 that kernels compute in. Infinities must stand where the truth has them, and there must be
+    no NaN.
 
     Raises:
         AssertionError: with the figures of what failed.
@@ -211,7 +336,7 @@ def assert_close(actual: Tensor, emulated: Tensor, truth: Tensor, name: str = "o
     assert not a.isnan().any(), f"{name}: {int(a.isnan().sum())} of {a.numel()} values are NaN"
     infinite = t.isinf()
     assert torch.equal(a[infinite], t[infinite]), f"{name}: infinities differ from the reference"
-    a, e, t = a[~infinite], e[~infinite], t[~infinite]
+    a, e, t = (x.masked_fill(infinite, 0) for x in (a, e, t))
     assert a.isfinite().all(), f"{name}: infinite where the reference is finite"
     if a.numel() == 0:
         return
@@ -225,7 +350,43 @@ def assert_close(actual: Tensor, emulated: Tensor, truth: Tensor, name: str = "o
         return
     l2, allowed = float((a - t).norm()) / norm, 2 * float((e - t).norm()) / norm + epsilon / 2
     assert l2 <= allowed, f"{name}: relative L2 error {l2:.3g}, allowed {allowed:.3g}"
-    signed, emulated_signed = (abs(float((x - t) @ t)) / norm**2 for x in (a, e))
+    signed, emulated_signed = (float(((x - t) * t).sum()) / norm**2 for x in (a, e))
+    # The rounding of one weight shifts a whole vector, so the vectors are what errs independently.
+    spread = max(float(((e - t) * t).sum(-1).norm()) / norm**2, epsilon / math.sqrt(t.count_nonzero()))
     # An lse between 4 and 8, rounded to float32, alone shifts all weights of its row by up to two epsilons.
-    allowed = 2 * emulated_signed + 4 * epsilon / math.sqrt(t.count_nonzero()) + 4 * torch.finfo(torch.float32).eps
-    assert signed <= allowed, f"{name}: signed error {signed:.3g}, allowed {allowed:.3g}"
+    allowed = 2 * abs(emulated_signed) + 4 * spread + 4 * torch.finfo(torch.float32).eps
+    assert abs(signed) <= allowed, f"{name}: signed error {signed:.3g}, allowed {allowed:.3g}"
+
+
+@functools.cache
+def expected(
+    case: Case, dtype: torch.dtype, through: tuple[str, ...] = (), seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the fused emulation in ``dtype`` and the float64 reference give for the case, both on the CPU.
+
+    ``through`` is that of ``forward_and_gradients``. Any forward pairs with any backward, so the emulated backward
+    gets the true out, rounded, and the true lse, an epsilon off. The lse of its own forward shares its rounding errors
+    in the scores: they would cancel.
+    """
+
+    def on_reference(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return run(kwargs, backend="reference", return_lse=True)
+
+    kwargs = make_inputs(case, dtype, seed=seed, requires_grad=bool(through))
+    exact = to_dtype(kwargs, torch.float64)
+    emulated, truth = (forward_and_gradients(k, on_reference, through) for k in (kwargs, exact))
+    if through:
+        signs = torch.randint(0, 2, truth["lse"].shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
+        forward = truth["out"].to(dtype), (truth["lse"] * (1 + signs * torch.finfo(torch.float32).eps)).float()
+        with mock.patch.object(reference, "forward", lambda spec, tensors: forward):
+            emulated = forward_and_gradients(kwargs, on_reference, through) | {n: emulated[n] for n in OUTPUTS}
+    return emulated, truth
+
+
+def check_case(
+    actual: dict[str, Tensor], case: Case, dtype: torch.dtype, through: tuple[str, ...] = (), seed: int = 0
+) -> None:
+    """Holds what ``forward_and_gradients`` gave for the case to ``expected``, by ``assert_close``."""
+    emulated, truth = expected(case, dtype, through, seed)
+    for name, x in actual.items():
+        assert_close(x, emulated[name], truth[name], name)

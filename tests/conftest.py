@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from pyattn.backends import cpu
-from pyattn.testing import run
+from pyattn.testing import Case, forward_and_gradients, run
 
 
 class Engine(NamedTuple):
@@ -22,18 +23,37 @@ class Engine(NamedTuple):
     def __str__(self) -> str:
         return self.isa or self.backend
 
-    def run(self, kwargs: dict[str, Any], **overrides: Any) -> Any:
-        """``testing.run`` on this backend with two threads; skips only if ``why_not`` has a reason."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(2)
+    @contextlib.contextmanager
+    def at_work(self, threads: int = 2) -> Iterator[None]:
+        """So many threads; skips the test if ``why_not`` has a reason against what is computed inside."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
         try:
-            return run(kwargs, **{"backend": self.backend, **overrides})
+            yield
         except NotImplementedError as error:
-            if f"backend {self.backend!r} cannot compute this forward" not in str(error):
+            if f"backend {self.backend!r} cannot compute this" not in str(error):
                 raise
             pytest.skip(str(error))
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
+
+    def run(self, kwargs: dict[str, Any], threads: int = 2, **overrides: Any) -> Any:
+        """``testing.run`` on this backend."""
+        with self.at_work(threads):
+            return run(kwargs, **{"backend": self.backend, **overrides})
+
+    def results(
+        self,
+        kwargs: dict[str, Any],
+        through: tuple[str, ...] = (),
+        grads: dict[str, torch.Tensor] | None = None,
+        threads: int = 2,
+    ) -> dict[str, torch.Tensor]:
+        """``testing.forward_and_gradients`` on this backend."""
+        with self.at_work(threads):
+            return forward_and_gradients(
+                kwargs, lambda k: run(k, backend=self.backend, return_lse=True), through, grads
+            )
 
 
 def _engines() -> list[Engine]:
@@ -59,6 +79,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "engine" in metafunc.fixturenames:
         metafunc.parametrize("engine", _engines(), indirect=True, ids=str)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    return val.name if isinstance(val, Case) else None
 
 
 @pytest.fixture

@@ -2,104 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-from unittest import mock
 
 import pytest
 import torch
 
 import pyattn
-from pyattn import dispatch, functional, reference
-from pyattn.testing import CASES, assert_close, make_inputs, run, to_dtype
+from pyattn import reference
+from pyattn.testing import CASES, DTYPES, check_case, make_inputs, run, to_dtype
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "sinks")
-WITH_GRADIENT = [case for case in CASES if case.page_size is None]
-# What the CPU backend has to compute itself (issue 2, section 3).
+# What the CPU backend has to compute itself.
 DEMANDED_OF_CPU = [
-    case
-    for case in CASES
-    if not (case.alibi or case.softcap or case.sinks or case.dropout_p or case.page_size or case.packed)
+    case for case in CASES if not (case.alibi or case.softcap or case.sinks or case.dropout_p or case.packed)
 ]
 
-by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def forward_and_gradients(kwargs, call):
-    """``{name: tensor}``: out, lse, and the gradients under random gradients of out and of lse."""
-    out, lse = call(kwargs)
-    inputs = {name: x for name in DIFFERENTIABLE if (x := kwargs.get(name)) is not None and x.requires_grad}
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse)]
-    gradients = torch.autograd.grad((out, lse), tuple(inputs.values()), grads)
-    named = {f"grad of {name}": g for name, g in zip(inputs, gradients, strict=True)}
-    return {"out": out.detach(), "lse": lse.detach()} | named
-
-
-def on_reference(kwargs):
-    return run(kwargs, backend="reference", return_lse=True)
-
-
-@functools.cache
-def expected(case, dtype, gradients):
-    """What the fused emulation and the float64 reference give for the case."""
-    kwargs = make_inputs(case, dtype, requires_grad=gradients)
-    exact = to_dtype(kwargs, torch.float64)
-    if not gradients:
-        return [dict(zip(("out", "lse"), on_reference(k), strict=True)) for k in (kwargs, exact)]
-    emulated, truth = (forward_and_gradients(k, on_reference) for k in (kwargs, exact))
-    # Any forward pairs with any backward, so the emulated backward gets the true out, rounded, and the true
-    # lse, an epsilon off. The lse of its own forward shares its rounding errors in the scores: they would cancel.
-    signs = torch.randint(0, 2, truth["lse"].shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    forward = truth["out"].to(dtype), (truth["lse"] * (1 + signs * torch.finfo(torch.float32).eps)).float()
-    with mock.patch.object(reference, "forward", lambda spec, tensors: forward):
-        return forward_and_gradients(kwargs, on_reference) | {n: emulated[n] for n in ("out", "lse")}, truth
-
-
-def check(actual, case, dtype, gradients):
-    emulated, truth = expected(case, dtype, gradients)
-    for name, x in actual.items():
-        assert_close(x, emulated[name], truth[name], name)
+by_case = pytest.mark.parametrize("case", CASES)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 @by_dtype
-@by_name
+@by_case
 def test_forward(case, dtype, engine):
-    out, lse = engine.run(make_inputs(case, dtype), return_lse=True)
-    check({"out": out, "lse": lse}, case, dtype, gradients=False)
-
-
-@by_dtype
-@pytest.mark.parametrize("case", WITH_GRADIENT, ids=lambda case: case.name)
-def test_gradients(case, dtype, engine):
-    """Also of a backend without a backward of its own: any forward pairs with any backward."""
-    kwargs = make_inputs(case, dtype, requires_grad=True)
-    try:
-        actual = forward_and_gradients(kwargs, lambda k: engine.run(k, return_lse=True))
-    except NotImplementedError as error:
-        assert f"backend {engine.backend!r} cannot compute this backward" in str(error)
-        if engine.isa != pyattn.backends.cpu.available_isas()[0]:
-            pytest.skip(f"{error}; the pairing is tested on the first instruction set")
-        actual = forward_and_gradients(kwargs, lambda k: run(k, return_lse=True))
-    check(actual, case, dtype, gradients=True)
-
-
-@by_dtype
-@by_name
-def test_the_emulation_is_near_the_truth(case, dtype):
-    """The rule's measure must itself be good: a poor emulation would let everything pass."""
-    emulated, truth = expected(case, dtype, case in WITH_GRADIENT)
-    for name, x in emulated.items():
-        assert x.dtype == (torch.float32 if name == "lse" else dtype)
-        finite = truth[name].isfinite()
-        assert torch.equal(x.isfinite(), finite), name
-        error, norm = float((x.double() - truth[name])[finite].norm()), float(truth[name][finite].norm())
-        # float32 sums hundreds of terms in float32; the others are rounded more coarsely than they are summed
-        epsilons = 16 if x.dtype == torch.float32 else 2
-        assert error <= epsilons * torch.finfo(x.dtype).eps * norm, f"{name}: {error / norm:.3g}"
+    check_case(engine.results(make_inputs(case, dtype)), case, dtype)
 
 
 def test_cpu_backend_is_built():
@@ -107,66 +31,19 @@ def test_cpu_backend_is_built():
 
 
 @by_dtype
-@pytest.mark.parametrize("case", DEMANDED_OF_CPU, ids=lambda case: case.name)
-def test_cpu_backend_is_able(case, dtype, engine):
+@pytest.mark.parametrize("case", DEMANDED_OF_CPU)
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_cpu_backend_is_able(op, case, dtype, engine):
     """Skips hide no hole: automatic dispatch takes the CPU kernels wherever they are demanded."""
-    kwargs = make_inputs(case, dtype)
-    explanation = pyattn.explain(**kwargs)
-    assert dispatch.why_not(explanation.problem, "cpu") == ()
-    assert explanation.chosen["forward"] == "cpu"
+    if op == "backward" and not case.differentiable:
+        pytest.skip("paged keys have no gradient")
+    explanation = pyattn.explain(**make_inputs(case, dtype, requires_grad=case.differentiable))
+    (reasons,) = (row.reasons for row in explanation.rows if (row.op, row.backend) == (op, "cpu"))
+    assert reasons == ()
+    assert explanation.chosen[op] == "cpu"
 
 
 # ---- the reference itself ----------------------------------------------------------------------------------
-
-
-def small(case):
-    """The same features at lengths and head dims an order of magnitude smaller."""
-
-    def shrink(x, step):
-        if isinstance(x, tuple):
-            return tuple(shrink(y, step) for y in x)
-        return None if x is None else -(-x // step)
-
-    step = max(case.Lq, case.Lk) // 6 + 1 if case.packed is None else 16
-    lengths = ("Lq", "Lk", "window", "q_offset", "kv_lengths", "kv_starts", "packed")
-    changes = {name: shrink(getattr(case, name), step) for name in lengths}
-    changes |= {"D": shrink(case.D, 32), "Dv": shrink(case.Dv, 32)}
-    if case.page_size is not None:
-        changes |= {"page_size": 2, "Lk": changes["Lk"] * 2}
-    return dataclasses.replace(case, **changes)
-
-
-def make_small(case, requires_grad=False):
-    return to_dtype(make_inputs(small(case), torch.float32, requires_grad=requires_grad), torch.float64)
-
-
-@pytest.mark.parametrize("case", WITH_GRADIENT, ids=lambda case: case.name)
-def test_gradcheck(case):
-    kwargs = make_small(case, requires_grad=True)
-    names = [name for name in DIFFERENTIABLE if kwargs.get(name) is not None and kwargs[name].requires_grad]
-
-    def function(*inputs):
-        out, lse = run({**kwargs, **dict(zip(names, inputs, strict=True))}, return_lse=True)
-        return out, torch.where(lse == -torch.inf, 0, lse)  # differences of -inf are NaN
-
-    # fast_mode: along random directions instead of element by element
-    assert torch.autograd.gradcheck(function, tuple(kwargs[name] for name in names), fast_mode=True)
-
-
-@pytest.mark.parametrize("case", [c for c in WITH_GRADIENT if c.packed is None], ids=lambda case: case.name)
-def test_gradients_are_those_of_autograd_through_naive(case):
-    kwargs = to_dtype(make_inputs(case, torch.float32, requires_grad=True), torch.float64)
-    actual = forward_and_gradients(kwargs, on_reference)
-    if (actual["lse"] == -torch.inf).any():
-        pytest.skip("naive attention gives NaN in a row without keys")
-
-    def naive(k):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return functional.naive_attention(**k, return_lse=True)
-
-    for name, x in forward_and_gradients(kwargs, naive).items():
-        torch.testing.assert_close(actual[name], x, msg=lambda m, name=name: f"{name}: {m}")
 
 
 MASK32 = 2**32 - 1
@@ -250,10 +127,10 @@ def by_definition(case, kwargs, seed):
                     s = case.softcap * math.tanh(s / case.softcap) if case.softcap else s
                     if case.alibi:
                         s -= float(kwargs["alibi_slopes"][h]) * abs(distance)
-                    if case.mask == "float":
-                        s += float(mask[b, h, i, j])
-                    elif case.mask == "bool" and not mask[b, h, i, j]:
+                    if case.mask == "bool" and not mask[b, h, i, j]:
                         continue
+                    if case.mask in ("float", "float32"):
+                        s += float(mask[b, h, i, j])
                     weights.append(math.exp(s))
                     dropped = dropout_weight(seed, case.dropout_p, b, h, i, j) if case.dropout_p else 1
                     out[h, i] += weights[-1] * dropped * v[hk, j]
@@ -267,18 +144,19 @@ def by_definition(case, kwargs, seed):
     return torch.stack(outs), torch.stack(lses)
 
 
-@by_name
+@by_case
 def test_reference_follows_the_definition(case):
-    kwargs = make_small(case)
-    out, lse = on_reference(kwargs)
+    case = case.small()
+    kwargs = to_dtype(make_inputs(case, torch.float32), torch.float64)
+    out, lse = run(kwargs, backend="reference", return_lse=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what ``run`` seeds the generator with
         info = torch.iinfo(torch.int64)
         seed = int(torch.randint(info.min, info.max, (), dtype=torch.int64))
-    torch.testing.assert_close((out, lse), by_definition(small(case), kwargs, seed))
+    torch.testing.assert_close((out, lse), by_definition(case, kwargs, seed))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@by_dtype
 @pytest.mark.parametrize("q_offset", [0, 1, 2, 3])
 def test_a_nan_value_stays_behind_the_diagonal(engine, dtype, q_offset):
     """At every parity of the diagonal: kernels that read values in pairs of keys must not read one masked key more."""

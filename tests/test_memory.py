@@ -9,19 +9,24 @@ import pytest
 import torch
 
 import pyattn
+from pyattn import measure
 from pyattn.backends import cpu
+from pyattn.testing import DTYPES, Case, make_inputs, to_pages
 
 L, H, D = 16384, 8, 64
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-def scratch_mb(engine, dtype, num_queries=L, **arguments):
-    q = torch.randn(1, H, num_queries, D).to(dtype)
-    k, v = (torch.randn(1, H, L, D).to(dtype) for _ in range(2))
-    torch.set_num_threads(2)
-    cpu.scratch_peak_bytes(reset=True)
-    pyattn.attention(q, k, v, backend=engine.backend, **arguments)
+def scratch_mb(engine, dtype, num_queries=L, backward=False, **arguments):
+    """The peak of the forward, or of the backward alone."""
+    shapes = ((1, H, num_queries, D), (1, H, L, D), (1, H, L, D))
+    q, k, v = (torch.randn(shape).to(dtype).requires_grad_(backward) for shape in shapes)
+    with engine.at_work():
+        cpu.scratch_peak_bytes(reset=True)
+        out = pyattn.attention(q, k, v, backend=engine.backend, **arguments)
+        if backward:
+            cpu.scratch_peak_bytes(reset=True)
+            out.sum().backward()
     peak = cpu.scratch_peak_bytes() / 2**20
     assert peak > 0, "the kernels must ask the one allocator that counts"
     return peak
@@ -33,11 +38,17 @@ def test_scratch(engine, dtype, arguments):
     assert scratch_mb(engine, dtype, **arguments) <= 16
 
 
+@by_dtype
+def test_scratch_of_the_backward(engine, dtype):
+    assert scratch_mb(engine, dtype, backward=True, window=(128, 0)) <= 32
+
+
 @pytest.mark.exhaustive
 @by_dtype
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_scratch_of_all_keys(engine, dtype, causal):
-    assert scratch_mb(engine, dtype, causal=causal) <= 16
+@pytest.mark.parametrize(("backward", "most"), [(False, 16), (True, 32)], ids=["forward", "backward"])
+def test_scratch_of_all_keys(engine, dtype, causal, backward, most):
+    assert scratch_mb(engine, dtype, backward=backward, causal=causal) <= most
 
 
 @by_dtype
@@ -62,3 +73,26 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert float(process.stdout) < 100  # MB; the output is 16
+
+
+@pytest.mark.parametrize(("rows", "num_heads"), [(1, 64), (2048, 32)], ids=["111K", "11QK"])
+def test_the_gradient_of_a_broadcast_mask_is_not_materialised(engine, rows, num_heads):
+    """Nor a copy of the mask for each head: in full either takes 1 GB or 0.5 GB."""
+    q = torch.randn(1, num_heads, 2048, 8, requires_grad=True)
+    mask = torch.zeros(1, 1, rows, 2048, requires_grad=True)
+
+    def train():
+        with engine.at_work():
+            out = pyattn.attention(q, q, q, attn_mask=mask, window=(64, 0), backend=engine.backend)
+            out.sum().backward()
+
+    train()
+    assert measure.peak_extra_memory(train) <= 100 * 2**20  # the output and the gradients are 38
+
+
+def test_pages_are_not_copied(engine):
+    """All keys and values in one place would take 64 MB."""
+    case = Case("pages", B=1, Hq=H, Hkv=H, Lq=1, Lk=2 * L, D=32)
+    kwargs = to_pages(make_inputs(case, torch.float32), 64)
+    engine.run(kwargs)
+    assert measure.peak_extra_memory(lambda: engine.run(kwargs)) <= 8 * 2**20

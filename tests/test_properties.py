@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pyattn.testing import Case, make_inputs, run, to_dtype
+from pyattn.testing import (
+    DTYPES,
+    OUTPUTS,
+    Case,
+    forward_and_gradients,
+    make_inputs,
+    random_grads,
+    run,
+    to_dtype,
+    to_pages,
+)
 
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+DTYPE = st.sampled_from(DTYPES)
 SEEDS = st.integers(0, 2**31)
 LAYOUTS = ["BHLD", "BLHD", "LBHD", "HBLD", "BHDL"]  # the last has a last stride other than 1
+# Around the sizes of tiles and beyond one block of keys, as well as anything small.
+AROUND_TILES = ([63, 64, 65, 130], [63, 64, 65, 191, 192, 193, 260])
+
+by_pass = pytest.mark.parametrize("through", [(), OUTPUTS], ids=["forward", "gradients"])
 
 
 @st.composite
-def cases(draw, smallest=1, dropout=False):
+def cases(draw, smallest=1, groups=(1, 2, 3), long=AROUND_TILES):
     """A dense problem that the CPU backend must be able to compute."""
-    B, Hkv, group = (
-        draw(st.integers(smallest, 3)),
-        draw(st.integers(1, 3)),
-        draw(st.integers(0 if smallest == 0 else 1, 3)),
-    )
-    # Around the sizes of tiles and beyond one block of keys, as well as anything small.
-    Lq = draw(st.one_of(st.integers(smallest, 40), st.sampled_from([63, 64, 65, 130])))
-    Lk = draw(st.one_of(st.integers(smallest, 40), st.sampled_from([63, 64, 65, 191, 192, 193, 260])))
+    B, Hkv = draw(st.integers(smallest, 3)), draw(st.integers(1, 3))
+    group = draw(st.sampled_from((0, *groups) if smallest == 0 else groups))
+    Lq, Lk = (draw(st.one_of(st.integers(smallest, 40), st.sampled_from(lengths))) for lengths in long)
     sides = st.one_of(st.none(), st.integers(0, 80))
     starts = draw(st.one_of(st.none(), st.tuples(*[st.integers(0, Lk)] * B)))
     lengths = draw(st.one_of(st.none(), st.tuples(*[st.integers(0, Lk)] * B)))
@@ -52,6 +62,11 @@ def cases(draw, smallest=1, dropout=False):
     )
 
 
+def decodes():
+    """Few queries, and keys enough to be split over threads."""
+    return cases(groups=(1, 2, 3, 8), long=([1, 2, 3, 4, 70], [500, 1030, 2100]))
+
+
 def select(kwargs, axis, index):
     """The problem with samples (axis 0) or heads (axis 1) picked by ``index``."""
 
@@ -70,7 +85,7 @@ BEYOND = Case("beyond", B=1, Hq=1, Hkv=1, Lq=64, Lk=1, D=16, Dv=16, window=(0, N
 
 
 @example(BEYOND, torch.bfloat16, 0)
-@given(cases(), DTYPES, SEEDS)
+@given(st.one_of(cases(), decodes()), DTYPE, SEEDS)
 def test_right_within_an_a_priori_bound(engine, case, dtype, seed):
     """The rule of ``assert_close`` compares samples of errors. Here a result may have a single element, so the
     measure is the mean of abs(v) under the same weights, of which every rounding is a small part."""
@@ -84,18 +99,58 @@ def test_right_within_an_a_priori_bound(engine, case, dtype, seed):
     torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)
 
 
+@given(cases(), DTYPE, SEEDS, st.sampled_from([0.0, torch.nan, torch.inf, -torch.inf]))
+def test_gradients_within_an_a_priori_bound(engine, case, dtype, seed, hidden_value):
+    """The measure is the gradient in which no two terms cancel. Keys and values that no row sees may be anything."""
+    kwargs = make_inputs(case, dtype, seed=seed, requires_grad=True)
+    hidden = ~visible(kwargs, case)[..., None]
+    poisoned = {n: kwargs[n].detach().masked_fill(hidden, hidden_value).requires_grad_() for n in ("key", "value")}
+    actual = engine.results(kwargs | poisoned, OUTPUTS)
+    exact = to_dtype(kwargs, torch.float64)
+    truth = forward_and_gradients(
+        exact, lambda k: run(k, return_lse=True), grads=to_dtype(random_grads(actual), torch.float64)
+    )
+    info = torch.finfo(dtype)
+    for name, size in sizes_of_gradients(exact, truth, info.tiny).items():
+        # P or dS, delta and the result are rounded; scores are sums in float32
+        bound = (2 * info.eps + 3e-5) * size + info.tiny
+        error = (actual[name] - truth[name]).abs()
+        assert (error <= bound).all(), f"{name}: {float((error / bound).max()):.3g} times the bound"
+
+
+def sizes_of_gradients(exact, truth, tiny):
+    """The sums of the absolute values of the gradients' terms; ``tiny`` is where P and dS lose precision."""
+    query, key, value = (exact[name].detach() for name in ("query", "key", "value"))
+    (B, Hq, _, _), (_, Hkv, Lk, _) = query.shape, key.shape
+    detached = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in exact.items()}
+    p = run(detached | {"value": torch.eye(Lk, dtype=torch.float64).expand(B, Hkv, Lk, Lk)})
+    grads = {name: x.abs() for name, x in random_grads(truth).items()}
+    key, value = (x.abs().repeat_interleave(Hq // Hkv, 1) for x in (key, value))
+    delta = (grads["out"] * truth["out"].abs()).sum(-1) + grads["lse"]
+    ds = p * (grads["out"] @ value.mT + delta[..., None])
+    scale = abs(exact["scale"] or query.shape[-1] ** -0.5)
+    sizes = {
+        "grad of query": (ds + tiny) @ key * scale,
+        "grad of key": ((ds + tiny).mT @ query.abs() * scale).unflatten(1, (Hkv, -1)).sum(2),
+        "grad of value": ((p + tiny).mT @ grads["out"]).unflatten(1, (Hkv, -1)).sum(2),
+    }
+    if "grad of attn_mask" in truth:
+        sizes["grad of attn_mask"] = ds.sum_to_size(truth["grad of attn_mask"].shape)
+    return sizes
+
+
+@by_pass
 @example(BEYOND, torch.bfloat16, 0)
-@given(cases(), DTYPES, SEEDS)
-def test_nothing_outside_a_view_is_read_or_written(engine, case, dtype, seed):
+@given(cases(), DTYPE, SEEDS)
+def test_nothing_outside_a_view_is_read_or_written(engine, through, case, dtype, seed):
     """The inputs lie in tensors of NaN, of which a stray read shows, and a write too."""
-    kwargs = make_inputs(case, dtype, seed=seed)
+    kwargs = make_inputs(case, dtype, seed=seed, requires_grad=bool(through))
     around, inside = {}, {}
     for name in ("query", "key", "value"):
-        x = kwargs[name]
+        x = kwargs[name].detach()
         around[name] = torch.full([n + 2 for n in x.shape], torch.nan, dtype=dtype)
-        inside[name] = around[name][1:-1, 1:-1, 1:-1, 1:-1].copy_(x)
-    for x, y in zip(engine.run(kwargs | inside, return_lse=True), engine.run(kwargs, return_lse=True), strict=True):
-        assert torch.equal(x, y)
+        inside[name] = around[name][1:-1, 1:-1, 1:-1, 1:-1].copy_(x).detach().requires_grad_(bool(through))
+    assert_same_bits(engine.results(kwargs | inside, through), engine.results(kwargs, through))
     for name in inside:
         assert int(around[name].isfinite().sum()) == inside[name].numel()
 
@@ -123,37 +178,55 @@ def test_parts_merged_by_lse_give_the_whole(engine, case, seed, data):
     torch.testing.assert_close(merged_lse, whole_lse, rtol=1e-4, atol=1e-5)
 
 
-@given(cases(), DTYPES, SEEDS)
-def test_heads_and_samples_commute_bitwise(engine, case, dtype, seed):
+def assert_same_bits(actual, expected):
+    for name, x in actual.items():
+        assert torch.equal(x, expected[name]), name
+
+
+@by_pass
+@given(cases(), DTYPE, SEEDS)
+def test_heads_and_samples_commute_bitwise(engine, through, case, dtype, seed):
     """Neither its place nor what lies around it changes the bits of a sample or of a head."""
-    kwargs = make_inputs(dataclasses.replace(case, Hkv=case.Hq), dtype, seed=seed)
-    results = engine.run(kwargs, return_lse=True)
+    kwargs = make_inputs(dataclasses.replace(case, Hkv=case.Hq), dtype, seed=seed, requires_grad=bool(through))
+    if case.mask is not None:
+        kwargs["attn_mask"] = kwargs["attn_mask"].detach()  # its gradient may be a sum over samples and heads
+    results = engine.results(kwargs, through)
+    grads = random_grads(results)
     for axis, size in ((0, case.B), (1, case.Hq)):
         order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
         for index in (order, order[:1]):
-            for x, y in zip(results, engine.run(select(kwargs, axis, index), return_lse=True), strict=True):
-                assert torch.equal(x.index_select(axis, index), y)
+            selected = {name: x.index_select(axis, index) for name, x in grads.items()}
+            actual = engine.results(select(kwargs, axis, index), through, selected)
+            assert_same_bits(actual, {name: x.index_select(axis, index) for name, x in results.items()})
 
 
-@given(cases(), DTYPES, SEEDS)
-def test_bits_do_not_depend_on_the_number_of_threads(engine, case, dtype, seed):
+@by_pass
+@given(cases(), DTYPE, SEEDS)
+def test_bits_do_not_depend_on_the_number_of_threads(engine, through, case, dtype, seed):
+    kwargs = make_inputs(case, dtype, seed=seed, requires_grad=bool(through))
+    alone = engine.results(kwargs, through, threads=1)
+    for threads in (2, 3, 4, 2):
+        assert_same_bits(engine.results(kwargs, through, threads=threads), alone)
+
+
+@given(decodes(), DTYPE, SEEDS, st.sampled_from([1, 2, 3, 5, 16, 100]))
+def test_pages_do_not_change_the_bits_of_a_decode(engine, case, dtype, seed, page_size):
     kwargs = make_inputs(case, dtype, seed=seed)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 4, 2):
-            torch.set_num_threads(threads)
-            results.append(run(kwargs, backend=engine.backend, return_lse=True))
-    finally:
-        torch.set_num_threads(before)
-    for out, lse in results[1:]:
-        assert torch.equal(out, results[0][0])
-        assert torch.equal(lse, results[0][1])
+    assert_same_bits(engine.results(to_pages(kwargs, page_size, seed=seed)), engine.results(kwargs))
+
+
+@given(decodes(), DTYPE, SEEDS)
+def test_bits_of_a_decode_do_not_depend_on_the_number_of_threads(engine, case, dtype, seed):
+    kwargs = make_inputs(case, dtype, seed=seed)
+    alone = engine.results(kwargs, threads=1)
+    for threads in (2, 3):
+        assert_same_bits(engine.results(kwargs, threads=threads), alone)
 
 
 def visible(kwargs, case):
     """Which keys ``[B, Hkv, Lk]`` some row of some query head sees, by the gradient of a sum over values."""
-    kwargs = to_dtype(kwargs, torch.float64) | {"scale": 0.0}
+    kwargs = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in to_dtype(kwargs, torch.float64).items()}
+    kwargs["scale"] = 0.0
     if kwargs.get("attn_mask") is not None and kwargs["attn_mask"].is_floating_point():
         kwargs["attn_mask"] = kwargs["attn_mask"] * 0  # equal weights: none can underflow
     value = torch.zeros(case.B, case.Hkv, case.Lk, 1, dtype=torch.float64, requires_grad=True)
@@ -166,7 +239,7 @@ def loose(dtype):
     return {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
 
 
-@given(cases(), DTYPES, SEEDS, st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+@given(cases(), DTYPE, SEEDS, st.sampled_from([torch.nan, torch.inf, -torch.inf]))
 def test_a_masked_nan_or_inf_never_shows(engine, case, dtype, seed, poison):
     """In K or in V, behind whatever kind of mask."""
     kwargs = make_inputs(case, dtype, seed=seed)
@@ -179,7 +252,7 @@ def test_a_masked_nan_or_inf_never_shows(engine, case, dtype, seed, poison):
             torch.testing.assert_close(x, y, **loose(dtype))
 
 
-@given(SEEDS, DTYPES, st.sampled_from([torch.nan, torch.inf]), st.integers(1, 30), st.booleans())
+@given(SEEDS, DTYPE, st.sampled_from([torch.nan, torch.inf]), st.integers(1, 30), st.booleans())
 def test_a_nan_that_some_rows_see_stays_with_them(engine, seed, dtype, poison, j, in_key):
     """Under a causal mask the rows before key j must stay clean although later rows of their tile see it."""
     kwargs = make_inputs(Case("leak", B=1, Hq=2, Hkv=1, Lq=40, Lk=40, D=16, causal=True), dtype, seed=seed)
@@ -209,20 +282,26 @@ def test_a_masked_nan_never_shows_in_gradients(case, seed, poison):
         torch.testing.assert_close(poisoned, clean)
 
 
-@given(cases(smallest=0), DTYPES)
-def test_empty_sizes(engine, case, dtype):
+@by_pass
+@given(cases(smallest=0), DTYPE)
+def test_empty_sizes(engine, through, case, dtype):
     """B, Hq, Lq or Lk of zero: right shapes, and zeros where there is no key."""
     assume(0 in (case.B, case.Hq, case.Lq, case.Lk))
-    kwargs = make_inputs(case, dtype)
-    out, lse = engine.run(kwargs, return_lse=True)
+    kwargs = make_inputs(case, dtype, requires_grad=bool(through))
+    results = engine.results(kwargs, through)
+    out, lse = results.pop("out"), results.pop("lse")
     assert out.shape == (case.B, case.Hq, case.Lq, case.Dv or case.D)
     assert lse.shape == out.shape[:3]
     assert not out.any()
     assert (lse == -torch.inf).all()
+    for name, grad in results.items():
+        assert grad.shape == kwargs[name.removeprefix("grad of ")].shape
+        assert not grad.any()
 
 
-@given(cases(), DTYPES, SEEDS, st.sampled_from(["expanded batch", "expanded heads", "sliced", "strided"]))
-def test_strides_of_the_input_do_not_change_the_bits(engine, case, dtype, seed, how):
+@by_pass
+@given(cases(), DTYPE, SEEDS, st.sampled_from(["expanded batch", "expanded heads", "sliced", "strided"]))
+def test_strides_of_the_input_do_not_change_the_bits(engine, through, case, dtype, seed, how):
     kwargs = make_inputs(case, dtype, seed=seed)
     for name in ("query", "key", "value"):
         x = kwargs[name]
@@ -235,15 +314,15 @@ def test_strides_of_the_input_do_not_change_the_bits(engine, case, dtype, seed, 
             step = 2 if how == "strided" else 1
             view = wide[:, :, : 2 * x.shape[2] : 2, : step * x.shape[3] : step]
             x = view.copy_(x)
-        kwargs[name] = x
+        kwargs[name] = x.detach().requires_grad_(bool(through))
     dense = kwargs | {
-        name: kwargs[name].clone(memory_format=torch.contiguous_format) for name in ("query", "key", "value")
+        name: kwargs[name].detach().clone(memory_format=torch.contiguous_format).requires_grad_(bool(through))
+        for name in ("query", "key", "value")
     }
-    for x, y in zip(engine.run(kwargs, return_lse=True), engine.run(dense, return_lse=True), strict=True):
-        assert torch.equal(x, y)
+    assert_same_bits(engine.results(kwargs, through), engine.results(dense, through))
 
 
-@given(cases(), DTYPES)
+@given(cases(), DTYPE)
 def test_the_output_is_dense_in_the_querys_order(engine, case, dtype):
     kwargs = make_inputs(case, dtype)
     query = kwargs["query"].contiguous() if case.layout == "BHDL" else kwargs["query"]

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import functools
+from unittest import mock
+
 import pytest
 import torch
 
-from pyattn.testing import Case, assert_close, make_inputs, run, to_dtype
+from pyattn import reference
+from pyattn.testing import (
+    CASES,
+    DTYPES,
+    OUTPUTS,
+    Case,
+    assert_close,
+    check_case,
+    expected,
+    forward_and_gradients,
+    make_inputs,
+    run,
+)
 
 CASE = Case("planted", Hq=8, Hkv=2, Lq=100, Lk=130, window=(40, 0))  # bottom-right: row i sits at i + 30
-SEEDS = range(5)
 
-by_dtype = pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, torch.float16],
-    ids=lambda dtype: str(dtype).removeprefix("torch."),
-)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES)
+by_seed = pytest.mark.parametrize("seed", range(5))
+
+
+@by_dtype
+@pytest.mark.parametrize("case", CASES)
+def test_the_emulation_is_near_the_truth(case, dtype):
+    """The rule's measure must itself be good: a poor emulation would let everything pass."""
+    emulated, truth = expected(case, dtype, OUTPUTS if case.differentiable else ())
+    for name, x in emulated.items():
+        of_float32 = name == "lse" or (name == "grad of attn_mask" and case.mask == "float32")
+        assert x.dtype == (torch.float32 if of_float32 else dtype)
+        finite = truth[name].isfinite()
+        assert torch.equal(x.isfinite(), finite), name
+        error, norm = float((x.double() - truth[name])[finite].norm()), float(truth[name][finite].norm())
+        computed_in = torch.float32 if name == "lse" else dtype  # a float32 mask's gradient has seen a rounded out
+        # float32 sums hundreds of terms in float32; the others are rounded more coarsely than they are summed
+        epsilons = 16 if computed_in == torch.float32 else 2
+        assert error <= epsilons * torch.finfo(computed_in).eps * norm, f"{name}: {error / norm:.3g}"
+
+
+# ---- planted bugs: the forward -----------------------------------------------------------------------------
 
 
 def tiled(query, key, value, *, scale=0.125, left=40, right=0, offset=30, heads=lambda h: h // 4, rescale=True):
@@ -38,12 +69,11 @@ def tiled(query, key, value, *, scale=0.125, left=40, right=0, offset=30, heads=
 
 def judge(dtype, seed, **bug):
     kwargs = make_inputs(CASE, dtype, seed=seed)
-    emulated, truth = run(kwargs, backend="reference"), run(to_dtype(kwargs, torch.float64))
-    assert_close(tiled(kwargs["query"], kwargs["key"], kwargs["value"], **bug), emulated, truth)
+    check_case({"out": tiled(kwargs["query"], kwargs["key"], kwargs["value"], **bug)}, CASE, dtype, seed=seed)
 
 
 @by_dtype
-@pytest.mark.parametrize("seed", SEEDS)
+@by_seed
 def test_a_sound_kernel_passes(dtype, seed):
     judge(dtype, seed)
 
@@ -62,22 +92,135 @@ BUGS = {
 
 @by_dtype
 @pytest.mark.parametrize("bug", BUGS)
-@pytest.mark.parametrize("seed", SEEDS)
+@by_seed
 def test_a_planted_bug_is_caught(dtype, bug, seed):
     with pytest.raises(AssertionError, match=r"out: (largest|relative L2|signed) error"):
         judge(dtype, seed, **BUGS[bug])
 
 
+# ---- planted bugs: the gradients ---------------------------------------------------------------------------
+
+GRADIENT_CASE = Case("planted", Hq=8, Hkv=2, Lq=100, Lk=130, window=(40, 0), mask="float", mask_shape="1HQK")
+
+
+def sum_groups(x):
+    """``[B, Hq, Lk, D]`` to ``[B, Hkv, Lk, D]``: query head h reads kv head h // 4."""
+    return x.unflatten(1, (2, 4)).sum(2)
+
+
+def tiled_backward(
+    spec,
+    t,
+    out,
+    lse,
+    grad_out,
+    grad_lse,
+    needs_mask_grad,
+    *,
+    dq_scale=0.125,
+    dk_scale=0.125,
+    left=40,
+    right=0,
+    end_q=100,
+    end_k=130,
+    row_term=lambda delta, dlse: delta - dlse,
+    lse_used=lambda lse, of_one_tile: lse,
+    dv_weights=lambda p, lse: p,
+    dk_sum=sum_groups,
+    dv_sum=sum_groups,
+    mask_sum=lambda ds: ds.sum(0, keepdim=True),
+):
+    """A fused backward in miniature: P recomputed from lse in tiles of 32 queries x 32 keys, P and dS rounded to the
+    input dtype before their products, sums in float32. In the place of the reference's."""
+    dtype = t.query.dtype
+    q, k, v, o, do = (x.float() for x in (t.query, t.key, t.value, out, grad_out))
+    k, v = (reference.repeat_heads(x, 8) for x in (k, v))
+    mask = t.attn_mask.float()
+    tile = slice(64, 96)
+    _, lse_of_one_tile = run(
+        {"query": q, "key": k[:, :, tile], "value": v[:, :, tile], "attn_mask": mask[..., tile]},
+        window=(40, 0),
+        q_offset=30 - tile.start,
+        return_lse=True,
+    )
+    lse = lse_used(lse, lse_of_one_tile)
+    rows_term = row_term((do * o).sum(-1), grad_lse)
+    dq, dk, dv, dmask = (torch.zeros_like(x) for x in (q, k, v, mask.expand(2, -1, -1, -1)))
+    for i in range(0, end_q, 32):
+        rows = slice(i, min(i + 32, 100))
+        pos = torch.arange(rows.start, rows.stop)[:, None] + 30
+        for j in range(0, end_k, 32):
+            keys = slice(j, min(j + 32, 130))
+            key = torch.arange(keys.start, keys.stop)
+            s = q[:, :, rows] @ k[:, :, keys].mT * 0.125 + mask[:, :, rows, keys]
+            s = s.masked_fill((key < pos - left) | (key > pos + right), -torch.inf)
+            p = torch.exp(s - lse[:, :, rows, None])
+            ds = p * (do[:, :, rows] @ v[:, :, keys].mT - rows_term[:, :, rows, None])
+            dmask[:, :, rows, keys] = ds
+            ds = ds.to(dtype).float()
+            dq[:, :, rows] += ds @ k[:, :, keys]
+            dk[:, :, keys] += ds.mT @ q[:, :, rows]
+            dv[:, :, keys] += dv_weights(p, lse[:, :, rows, None]).to(dtype).float().mT @ do[:, :, rows]
+    gradients = dq * dq_scale, dk_sum(dk) * dk_scale, dv_sum(dv), mask_sum(dmask)
+    return *(x.to(dtype) for x in gradients), None
+
+
+def judge_gradients(dtype, seed, **bug):
+    kwargs = make_inputs(GRADIENT_CASE, dtype, seed=seed, requires_grad=True)
+    with mock.patch.object(reference, "backward", functools.partial(tiled_backward, **bug)):
+        actual = forward_and_gradients(kwargs, lambda k: run(k, backend="reference", return_lse=True))
+    check_case(actual, GRADIENT_CASE, dtype, OUTPUTS, seed)
+
+
 @by_dtype
-@pytest.mark.parametrize("name", ["query", "key", "value"])
-def test_a_planted_bug_in_a_gradient_is_caught(dtype, name):
-    """A gradient that is 0.2% off, as a backward with its own, wrong, scale would give."""
-    kwargs = make_inputs(CASE, dtype, requires_grad=True)
-    exact = to_dtype(kwargs, torch.float64)
-    emulated, truth = (torch.autograd.grad(run(k, backend="reference").sum(), k[name])[0] for k in (kwargs, exact))
-    assert_close(truth.to(dtype), emulated, truth)
-    with pytest.raises(AssertionError, match=r"(largest|relative L2|signed) error"):
-        assert_close((truth * 1.002).to(dtype), emulated, truth)
+@by_seed
+def test_a_sound_backward_passes(dtype, seed):
+    judge_gradients(dtype, seed)
+
+
+GRADIENT_BUGS = {
+    "dq without scale": {"dq_scale": 1},
+    "dq's scale 0.2% too large": {"dq_scale": 0.125 * 1.002},
+    "dq's scale 0.2% too small": {"dq_scale": 0.125 * 0.998},
+    "dk without scale": {"dk_scale": 1},
+    "dk's scale 0.2% too large": {"dk_scale": 0.125 * 1.002},
+    "dk's scale 0.2% too small": {"dk_scale": 0.125 * 0.998},
+    "no delta": {"row_term": lambda delta, dlse: -dlse},
+    "delta of the wrong sign": {"row_term": lambda delta, dlse: -delta - dlse},
+    "no gradient of lse": {"row_term": lambda delta, dlse: delta},
+    "gradient of lse of the wrong sign": {"row_term": lambda delta, dlse: delta + dlse},
+    "lse counts a tile twice": {"lse_used": torch.logaddexp},
+    "lse 0.2% off": {"lse_used": lambda lse, _: lse * 1.002},
+    "dv not normalised": {"dv_weights": lambda p, lse: p * lse.exp()},
+    "dk of the wrong heads": {"dk_sum": lambda x: x.unflatten(1, (4, 2)).sum(1)},
+    "dk forgets a head of each group": {"dk_sum": lambda x: x.unflatten(1, (2, 4))[:, :, :3].sum(2)},
+    "dv of the wrong heads": {"dv_sum": lambda x: x.unflatten(1, (4, 2)).sum(1)},
+    "dv forgets a head of each group": {"dv_sum": lambda x: x.unflatten(1, (2, 4))[:, :, :3].sum(2)},
+    "causal edge one key too wide": {"right": 1},
+    "causal edge one key too narrow": {"right": -1},
+    "window one key too wide": {"left": 41},
+    "window one key too narrow": {"left": 39},
+    "mask's gradient scaled": {"mask_sum": lambda ds: ds.sum(0, keepdim=True) * 0.125},
+    "mask's gradient of neighbouring heads": {
+        "mask_sum": lambda ds: ds.flatten(0, 1).unflatten(0, (8, 2)).sum(1)[None]
+    },
+    "mask's gradient forgets a sample": {"mask_sum": lambda ds: ds[:1]},
+    "mask's gradient forgets a head": {
+        "mask_sum": lambda ds: ds.sum(0, keepdim=True).index_fill(1, torch.tensor(7), 0)
+    },
+    "last keys dropped": {"end_k": 128},
+    "last queries dropped": {"end_q": 96},
+}
+
+
+@by_dtype
+@pytest.mark.parametrize("bug", GRADIENT_BUGS)
+def test_a_planted_bug_in_a_gradient_is_caught(dtype, bug):
+    with pytest.raises(AssertionError, match=r"grad of \w+: (largest|relative L2|signed) error"):
+        judge_gradients(dtype, 0, **GRADIENT_BUGS[bug])
+
+
+# ---- the rule itself ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1.0])

@@ -50,7 +50,7 @@ def test_opcheck(name):
         detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
         out, lse = forward(*detached)
         grads = torch.randn_like(out), torch.randn_like(lse)
-        torch.library.opcheck(backward, (*detached[:-1], out, lse, *grads, "auto"))
+        torch.library.opcheck(backward, (*detached[:-1], out, lse, *grads, case.mask == "float", "auto"))
 
 
 def forward_backward(kwargs, function):

@@ -9,8 +9,8 @@
 //   softmax   online, as in the forward
 //   output    lanes are the elements of a value: kMaxRows rows by 4 vectors in registers
 //
-// Keys are addressed one by one, so pages (block_table) are read where they lie. 16-bit values are converted to float,
-// or interleaved in pairs of keys for the bfloat16 dot product, a step at a time.
+// Keys are addressed one by one, so pages (block_table) are read where they lie. What is not made of whole vectors of
+// floats, or of bfloat16 for the dot product, is converted or padded a step at a time.
 #include <cmath>
 
 #include "../pipeline.h"
@@ -26,8 +26,9 @@ constexpr double kLn2 = 0.69314718055994531;
 
 // An online softmax under way: maxima in log2 units, sums, and outputs not yet divided by them.
 struct Partial {
-  float *row_max, *row_sum;  // [rows]
-  float* o;                  // [rows][o_row]
+  float* row_max;  // [rows]
+  float* row_sum;  // [rows][kLanes]: a sum in each lane
+  float* o;        // [rows][o_row]
 };
 
 struct Workspace {
@@ -37,8 +38,8 @@ struct Workspace {
   void* q;           // [rows][q_row]: the queries, padded with zeros
   float* s;          // [rows][kStep]: scores, then weights
   bf16* half;        // [rows][kStep]: the weights, with the dot product
-  float* k;          // [kStep][q_row]: keys converted to float
-  float* v;          // [kStep][o_row]: values converted to float, or interleaved in pairs
+  float* k;          // [kStep][q_row]: keys converted to float, or padded
+  float* v;          // [kStep][o_row]: values converted to float, or padded
   uint64_t* live;    // [rows]: the keys that a row sees, where some value is not finite
   void* zeros;       // stands for a row that must not be read
   int32_t *lo, *hi;  // [rows]: the key range of each row
@@ -49,12 +50,12 @@ struct Workspace {
     const bool dot = kHasBf16Dot && p.dtype == DType::bf16;
     rows = static_cast<int>(p.Hq / p.Hkv * p.Lq);
     q_row = round_up(p.D, dot ? 2 * kLanes : kLanes);
-    o_row = round_up(p.Dv, kLanes);
+    o_row = round_up(p.Dv, dot ? 2 * kLanes : kLanes);
     Carver carver(base);
     q = carver.take<float>(rows * q_row);
     s = carver.take<float>(rows * kStep);
     half = carver.take<bf16>(dot ? rows * kStep : 0);
-    k = carver.take<float>(p.dtype == DType::f32 ? 0 : kStep * q_row);
+    k = carver.take<float>(kStep * q_row);
     v = carver.take<float>(kStep * o_row);
     live = carver.take<uint64_t>(rows);
     zeros = carver.take<float>(q_row > o_row ? q_row : o_row);
@@ -62,7 +63,7 @@ struct Workspace {
     hi = carver.take<int32_t>(rows);
     for (Partial* partial : {&chunk, &head}) {
       partial->row_max = carver.take<float>(rows);
-      partial->row_sum = carver.take<float>(rows);
+      partial->row_sum = carver.take<float>(rows * kLanes);
       partial->o = carver.take<float>(rows * o_row);
     }
     return carver.used();
@@ -76,7 +77,7 @@ struct Workspace {
   void clear(const Partial& partial) const {
     for (int i = 0; i < rows; ++i) {
       partial.row_max[i] = -kInf;
-      partial.row_sum[i] = 0;
+      store(partial.row_sum + i * kLanes, vf{});
     }
     std::memset(partial.o, 0, static_cast<size_t>(rows * o_row) * sizeof(float));
   }
@@ -85,12 +86,12 @@ struct Workspace {
   float raise_maximum(const Partial& partial, int i, float largest) const {
     const float before = partial.row_max[i];
     if (!(largest > before)) return before == -kInf ? 0 : before;
-    const float alpha = std::exp2(before - largest);
+    const vf alpha = broadcast(std::exp2(before - largest));
     partial.row_max[i] = largest;
-    partial.row_sum[i] *= alpha;
+    store(partial.row_sum + i * kLanes, load(partial.row_sum + i * kLanes) * alpha);
     for (int64_t e = 0; e < o_row; e += kLanes) {
       float* o = partial.o + i * o_row + e;
-      store(o, load(o) * broadcast(alpha));
+      store(o, load(o) * alpha);
     }
     return largest;
   }
@@ -98,38 +99,80 @@ struct Workspace {
   // head += chunk
   void merge(const Partial& sums) const {
     for (int i = 0; i < rows; ++i) {
-      const float factor = std::exp2(chunk.row_max[i] - raise_maximum(sums, i, chunk.row_max[i]));
-      sums.row_sum[i] += factor * chunk.row_sum[i];
-      for (int64_t e = 0; e < o_row; e += kLanes) {
-        float* o = sums.o + i * o_row + e;
-        store(o, load(o) + load(chunk.o + i * o_row + e) * broadcast(factor));
-      }
+      const vf factor = broadcast(std::exp2(chunk.row_max[i] - raise_maximum(sums, i, chunk.row_max[i])));
+      const auto add = [&](float* to, const float* from) { store(to, load(to) + load(from) * factor); };
+      add(sums.row_sum + i * kLanes, chunk.row_sum + i * kLanes);
+      for (int64_t e = 0; e < o_row; e += kLanes) add(sums.o + i * o_row + e, chunk.o + i * o_row + e);
     }
   }
 };
 
-// The scores of kLanes keys and one row: q is padded to whole vectors, the keys are not.
-template <class T>
-PYATTN_INLINE vf key_scores(const T* q, const T* const* keys, int size) {
+// sums[i] += q . keys[i] over kVecs vectors of words, lane by lane
+template <int kVecs, class T>
+PYATTN_INLINE void add_key_scores(const T* q, const T* const* keys, int64_t first, vf (&sums)[kLanes]) {
   constexpr int kElements = kLanes * 4 / static_cast<int>(sizeof(T));
-  const int whole = size / kElements * kElements;
-  vf sums[kLanes];
+  vf query[kVecs];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) query[j] = load_unaligned(q + first + j * kElements);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
-    const T* key = keys[i];
-    vf sum = {};
-    for (int e = 0; e < whole; e += kElements)
-      sum = multiply_add<kDot<T>>(sum, load_unaligned(q + e), load_unaligned(key + e));
-    if (whole < size) sum = multiply_add<kDot<T>>(sum, load_unaligned(q + whole), load_some(key + whole, size - whole));
-    sums[i] = sum;
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j)
+      sums[i] = multiply_add<kDot<T>>(sums[i], query[j], load_unaligned(keys[i] + first + j * kElements));
   }
+}
+
+// The scores of kLanes keys and one row, of `size` elements in whole vectors.
+template <class T>
+PYATTN_INLINE vf key_scores(const T* q, const T* const* keys, int64_t size) {
+  constexpr int kElements = kLanes * 4 / static_cast<int>(sizeof(T));
+  vf sums[kLanes] = {};
+  int64_t e = 0;
+  for (; e + 4 * kElements <= size; e += 4 * kElements) add_key_scores<4>(q, keys, e, sums);
+  for (; e + 2 * kElements <= size; e += 2 * kElements) add_key_scores<2>(q, keys, e, sums);
+  for (; e < size; e += kElements) add_key_scores<1>(q, keys, e, sums);
   return sum_lanes(sums);
+}
+
+// The values of one step as the right operand; those of the next are asked for as they are read. Pairs of bfloat16 are
+// made in registers, in the order of columns that takes one instruction a vector: see `column`.
+template <class Operand>
+struct Values {
+  const Operand *const *rows, *const *next;
+  int64_t lane;
+
+  PYATTN_INLINE vf vec(int w, int j) const {
+    if constexpr (std::is_same_v<Operand, float>) {
+      __builtin_prefetch(next[w] + lane + j * kLanes, 0, 2);
+      return load_unaligned(rows[w] + lane + j * kLanes);
+    }
+#ifdef PYATTN_ISA_AVX512_BF16
+    const int64_t first = (lane + j * kLanes) / (2 * kLanes) * 2 * kLanes;
+    __builtin_prefetch(next[2 * w + j % 2] + first, 0, 2);
+    const __m512i a = _mm512_loadu_si512(rows[2 * w] + first), b = _mm512_loadu_si512(rows[2 * w + 1] + first);
+    return (vf)(j % 2 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b));
+#endif
+  }
+  Values from_lane(int64_t first) const { return {rows, next, lane + first}; }
+};
+
+// Where element e of a value stands in a row of the output.
+template <class T>
+constexpr int64_t column(int64_t e) {
+  return kDot<T> ? e / 32 * 32 + e % 8 / 4 * 16 + e % 32 / 8 * 4 + e % 4 : e;
 }
 
 // One key head of one sample.
 template <class T>
 struct Head {
-  using Operand = std::conditional_t<kDot<T>, bf16, float>;  // what scores are made of
+  using Operand = std::conditional_t<kDot<T>, bf16, float>;  // what products are made of
+
+  // The keys and values of one step.
+  struct Keys {
+    int64_t first;
+    int count;
+    const T *k[kStep], *v[kStep];
+  };
 
   const AttentionParams& p;
   const Workspace& w;
@@ -152,62 +195,96 @@ struct Head {
   // Chunk number n into w.chunk; false if no row sees a key of it.
   bool chunk(int64_t n) const {
     const KeyRanges ranges(p, b);
-    const int64_t first = ranges.row(0).lo + n * kChunk, end = ranges.row(p.Lq - 1).hi;
+    // A row without keys may stand anywhere: no page is past the length.
+    const int64_t last_hi = ranges.row(p.Lq - 1).hi, end = last_hi < ranges.length ? last_hi : ranges.length;
+    const int64_t first = ranges.row(0).lo + n * kChunk;
     if (first >= end) return false;
     Operand* q = static_cast<Operand*>(w.q);
     for (int i = 0; i < w.rows; ++i, q += w.q_row) {
-      const T* query = row_of<const T>(const_cast<void*>(p.query), p.query_stride, i);
-      if constexpr (kDot<T>)
-        std::memcpy(q, query, static_cast<size_t>(p.D) * sizeof(T));
-      else
-        convert_row(query, static_cast<int>(p.D), q);
-      for (int64_t e = p.D; e < w.q_row; ++e) q[e] = Operand{};
+      pack_row(row_of<const T>(const_cast<void*>(p.query), p.query_stride, i), p.D, w.q_row, q);
       const KeyRange range = ranges.row(i % p.Lq);
       w.lo[i] = static_cast<int32_t>(range.lo);
       w.hi[i] = static_cast<int32_t>(range.hi);
     }
     w.clear(w.chunk);
     const int64_t last = first + kChunk < end ? first + kChunk : end;
-    for (int64_t key = first; key < last; key += kStep) step(key, min_int(kStep, last - key));
+    Keys steps[2];
+    locate(first, last, steps[0]);
+    for (int n = 0; steps[n].count > 0; n ^= 1) {
+      locate(steps[n].first + steps[n].count, last, steps[n ^ 1]);
+      step(steps[n], steps[n ^ 1]);
+    }
     return true;
   }
 
-  void step(int64_t first, int count) const {
-    const T* v_rows[kStep];
-    values.for_each(first, count, [&](int r, const T* row) { v_rows[r] = row; });
-    scores(first, count);
-    bool masked = p.mask != nullptr;
-    for (int i = 0; i < p.Lq; ++i) masked |= w.lo[i] > first || w.hi[i] < first + count;
-    uint64_t hidden = 0;
-    if (masked) {
-      mask_scores(first, count);
-      hidden = hide(v_rows, count);
-    }
-    weights(count);
-    outputs(v_rows, count);
-    if (hidden) add_hidden(first, hidden);
+  // Up to kStep keys from `first` on.
+  void locate(int64_t first, int64_t last, Keys& at) const {
+    at.first = first;
+    at.count = first < last ? min_int(kStep, last - first) : 0;
+    keys.for_each(first, at.count, [&](int r, const T* row) { at.k[r] = row; });
+    values.for_each(first, at.count, [&](int r, const T* row) { at.v[r] = row; });
+    // What stands past the end is computed with, but not used, or only asked for.
+    for (int r = at.count; r < kStep; ++r) at.k[r] = at.v[r] = static_cast<const T*>(w.zeros);
   }
 
-  void scores(int64_t first, int count) const {
-    const Operand* rows[kStep];
-    keys.for_each(first, count, [&](int r, const T* row) {
-      if constexpr (std::is_same_v<T, Operand>) {
-        rows[r] = row;
-      } else {
-        convert_row(row, static_cast<int>(p.D), w.k + r * w.q_row);
-        rows[r] = w.k + r * w.q_row;
-      }
-    });
-    const int whole = static_cast<int>(round_up(count, kLanes));
-    for (int r = count; r < whole; ++r) rows[r] = rows[0];
+  void step(Keys& now, const Keys& next) const {
+    scores(now, next);
+    bool masked = p.mask != nullptr;
+    for (int i = 0; i < p.Lq; ++i) masked |= w.lo[i] > now.first || w.hi[i] < now.first + now.count;
+    uint64_t hidden = 0;
+    if (masked) {
+      mask_scores(now.first, now.count);
+      hidden = hide(now.v, now.count);
+    }
+    weights(now.count);
+    outputs(now, next);
+    if (hidden) add_hidden(now.first, hidden);
+  }
+
+  // Inlined, or the compiler takes it for a function without an effect.
+  PYATTN_INLINE static void prefetch(const T* row, int64_t size) {
+    const char* line = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(line + i, 0, 2);
+  }
+
+  // Rows as operands of whole vectors: where they are if they can be, else `copies`; then the next ones are asked for
+  // here. They are not copied for nothing: loads by pointers that have just been stored wait for all that came before.
+  const Operand* const* operands(const T* const* rows, const T* const* next, int count, int64_t size, int64_t padded,
+                                 float* copies, const Operand** pointers) const {
+    if constexpr (std::is_same_v<T, Operand>)
+      if (size == padded) return rows;
+    for (int r = 0; r < count; ++r) {
+      prefetch(next[r], size);
+      Operand* copy = reinterpret_cast<Operand*>(copies) + r * padded;
+      pack_row(rows[r], size, padded, copy);
+      pointers[r] = copy;
+    }
+    return pointers;
+  }
+
+  static void pack_row(const T* row, int64_t size, int64_t padded, Operand* copy) {
+    if constexpr (kDot<T>)
+      std::memcpy(copy, row, static_cast<size_t>(size) * sizeof(T));
+    else
+      convert_row(row, static_cast<int>(size), copy);
+    for (int64_t e = size; e < padded; ++e) copy[e] = Operand{};
+  }
+
+  void scores(const Keys& now, const Keys& next) const {
+    const int whole = static_cast<int>(round_up(now.count, kLanes));
+    const Operand* pointers[kStep];
+    const Operand* const* rows = operands(now.k, next.k, whole, p.D, w.q_row, w.k, pointers);
     const vf scale = broadcast(p.scale * kLog2e);
     for (int r = 0; r < whole; r += kLanes) {
       const Operand* q = static_cast<const Operand*>(w.q);
-      for (int i = 0; i < w.rows; ++i, q += w.q_row)
-        store(w.s + i * kStep + r, key_scores(q, rows + r, static_cast<int>(p.D)) * scale);
+      for (int i = 0, asked = 0; i < w.rows; ++i, q += w.q_row) {
+        // A few rows at a time: many at once would hold up the loads of this step.
+        for (; rows != pointers && asked < (i + 1) * kLanes / w.rows; ++asked) prefetch(next.k[r + asked], p.D);
+        store(w.s + i * kStep + r, key_scores(q, rows + r, w.q_row) * scale);
+      }
     }
     for (int i = 0; i < w.rows; ++i)
-      for (int r = count; r < whole; ++r) w.s[i * kStep + r] = -kInf;
+      for (int r = now.count; r < whole; ++r) w.s[i * kStep + r] = -kInf;
   }
 
   // Scores plus bias, -inf where masked. A masked score may have been NaN.
@@ -254,7 +331,7 @@ struct Head {
       values.for_each(first + r, 1, [&](int, const T* value) {
         for (int i = 0; i < w.rows; ++i)
           for (int e = 0; e < p.Dv && (w.live[i] >> r & 1); ++e)
-            w.chunk.o[i * w.o_row + e] += w.s[i * kStep + r] * to_float(value[e]);
+            w.chunk.o[i * w.o_row + column<T>(e)] += w.s[i * kStep + r] * to_float(value[e]);
       });
     }
   }
@@ -263,50 +340,43 @@ struct Head {
   void weights(int count) const {
     for (int i = 0; i < w.rows; ++i) {
       float* s = w.s + i * kStep;
-      vf largest = load(s), sum = {};
+      vf largest = load(s);
       for (int r = kLanes; r < count; r += kLanes) largest = max(largest, load(s + r));
-      float row_max = largest[0];
-      for (int j = 1; j < kLanes; ++j) row_max = largest[j] > row_max ? largest[j] : row_max;
-      const vf shift = broadcast(w.raise_maximum(w.chunk, i, row_max));
+      const vf shift = broadcast(w.raise_maximum(w.chunk, i, max_lane(largest)));
+      vf sum = load(w.chunk.row_sum + i * kLanes);
       for (int r = 0; r < count; r += kLanes) {
         const vf weight = exp2(load(s + r) - shift);
         sum += weight;
         store(s + r, weight);
         if constexpr (kDot<T>) store_floats(w.half + i * kStep + r, weight);
       }
-      for (int j = 0; j < kLanes; ++j) w.chunk.row_sum[i] += sum[j];
+      store(w.chunk.row_sum + i * kLanes, sum);
     }
   }
 
-  void outputs(const T* const* v_rows, int count) const {
-    const int Dv = static_cast<int>(p.Dv), vecs = static_cast<int>(w.o_row / kLanes);
-    if constexpr (kDot<T>) {
-      for (int r = 0; r < count; r += 2)
-        interleave_pair(v_rows[r], r + 1 < count ? v_rows[r + 1] : nullptr, Dv, w.v + r / 2 * w.o_row);
-      add_products<true>(reinterpret_cast<const char*>(w.half), kStep * 2, w.rows, EvenRows{w.v, w.o_row},
-                         (count + 1) / 2, w.chunk.o, w.o_row, vecs);
-      return;
-    }
-    const float* rows[kStep];
-    for (int r = 0; r < count; ++r) {
-      if constexpr (std::is_same_v<T, float>) {
-        rows[r] = v_rows[r];
-        if (Dv == w.o_row) continue;
-      }
-      rows[r] = w.v + r * w.o_row;
-      convert_row(v_rows[r], Dv, w.v + r * w.o_row);
-    }
-    add_products<false>(reinterpret_cast<const char*>(w.s), kStep * 4, w.rows, ScatteredRows{rows, 0}, count, w.chunk.o,
-                        w.o_row, vecs);
+  void outputs(const Keys& now, const Keys& next) const {
+    const int words = kDot<T> ? (now.count + 1) / 2 : now.count;
+    const Operand* pointers[kStep];
+    const Operand* const* rows = operands(now.v, next.v, kDot<T> ? 2 * words : words, p.Dv, w.o_row, w.v, pointers);
+    const Operand* const* coming = rows;
+    if constexpr (std::is_same_v<T, Operand>)
+      if (rows != pointers) coming = next.v;
+    const char* weights = kDot<T> ? reinterpret_cast<const char*>(w.half) : reinterpret_cast<const char*>(w.s);
+    add_products<kDot<T>>(weights, kStep * static_cast<int64_t>(sizeof(Operand)), w.rows,
+                          Values<Operand>{rows, coming, 0}, words, w.chunk.o, w.o_row,
+                          static_cast<int>(w.o_row / kLanes));
   }
 
   void finish(const Partial& sums) const {
     for (int i = 0; i < w.rows; ++i) {
       T* out = row_of<T>(p.out, p.out_stride, i);
-      const float inverse = sums.row_sum[i] == 0 ? 0 : 1 / sums.row_sum[i];
-      store_row(sums.o + i * w.o_row, static_cast<int>(p.Dv), inverse, out);
+      float sum = 0;
+      for (int j = 0; j < kLanes; ++j) sum += sums.row_sum[i * kLanes + j];
+      const float inverse = sum == 0 ? 0 : 1 / sum;
+      for (int64_t e = 0; e < p.Dv; ++e) w.v[e] = sums.o[i * w.o_row + column<T>(e)];
+      store_row(w.v, static_cast<int>(p.Dv), inverse, out);
       p.lse[(b * p.Hq + first_head) * p.Lq + i] =
-          static_cast<float>((static_cast<double>(sums.row_max[i]) + std::log2(sums.row_sum[i])) * kLn2);
+          static_cast<float>((static_cast<double>(sums.row_max[i]) + std::log2(sum)) * kLn2);
     }
   }
 };

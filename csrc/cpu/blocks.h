@@ -125,7 +125,8 @@ struct KeyRows {
   template <class Visit>
   PYATTN_INLINE void for_each(int64_t key, int count, const Visit& visit) const {
     if (!pages) {
-      for (int i = 0; i < count; ++i) visit(i, first + (key + i) * stride);
+      const T* row = first + key * stride;
+      for (int i = 0; i < count; ++i, row += stride) visit(i, row);
       return;
     }
     for (int i = 0; i < count;) {

@@ -68,12 +68,14 @@ PYATTN_INLINE void for_row_tiles(int count, const F& f) {
   }
 }
 
+// Right operands of a product: vec(w, j) is vector j of row w, from_lane(n) the operand without its first n lanes.
+
 // Rows of floats that lie `stride` floats apart.
 struct EvenRows {
   const float* data;
   int64_t stride;
 
-  PYATTN_INLINE const float* operator[](int i) const { return data + i * stride; }
+  PYATTN_INLINE vf vec(int w, int j) const { return load_unaligned(data + w * stride + j * kLanes); }
   EvenRows from_lane(int64_t lane) const { return {data + lane, stride}; }
 };
 
@@ -82,12 +84,12 @@ struct ScatteredRows {
   const float* const* rows;
   int64_t lane;
 
-  PYATTN_INLINE const float* operator[](int i) const { return rows[i] + lane; }
+  PYATTN_INLINE vf vec(int w, int j) const { return load_unaligned(rows[w] + lane + j * kLanes); }
   ScatteredRows from_lane(int64_t first) const { return {rows, lane + first}; }
 };
 
 // c[i][lane] += sum over words of a[i][word] * b[word][lane]. The rows of a lie `a_row` bytes apart, its words `a_word`
-// bytes; b[word] is a pointer to floats.
+// bytes.
 template <bool kIsDot, int kRows, int kVecs, class B>
 PYATTN_INLINE void multiply(const char* a, int64_t a_row, int64_t a_word, const B& b, int words,
                             vf (&c)[kRows][kVecs]) {
@@ -95,7 +97,7 @@ PYATTN_INLINE void multiply(const char* a, int64_t a_row, int64_t a_word, const 
   for (int w = 0; w < words; ++w) {
     vf row[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) row[j] = load_unaligned(b[w] + j * kLanes);
+    for (int j = 0; j < kVecs; ++j) row[j] = b.vec(w, j);
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
       const vf word = broadcast_word(a + i * a_row + w * a_word);

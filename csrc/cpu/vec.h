@@ -198,21 +198,6 @@ PYATTN_INLINE void store_floats(bf16* p, vf x) {
 }
 #endif
 
-// The first `count` of kLanes 32-bit words, the others 0; kLanes * 2 elements where they are of 16 bits.
-template <class T>
-PYATTN_INLINE vf load_some(const T* p, int count) {
-#ifdef PYATTN_AVX512
-  if constexpr (sizeof(T) == 4)
-    return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((uint32_t{1} << count) - 1), p);
-  else
-    return (vf)_mm512_maskz_loadu_epi16((uint32_t{1} << count) - 1, p);
-#else
-  alignas(64) T padded[kLanes * 4 / sizeof(T)] = {};
-  std::memcpy(padded, p, static_cast<size_t>(count) * sizeof(T));
-  return load_unaligned(padded);
-#endif
-}
-
 // ---- transposes ----
 
 // One step of a transpose: exchanges the off-diagonal blocks of size kStep between two rows.
@@ -256,6 +241,18 @@ PYATTN_INLINE vf sum_lanes(vf (&a)[kLanes]) {
     return sum_lanes<kStep / 2>(a);
   else
     return a[0];
+}
+
+template <int kStep = kLanes / 2>
+PYATTN_INLINE float max_lane(vf x) {
+  vi other;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) other[i] = i ^ kStep;
+  x = max(x, __builtin_shuffle(x, other));
+  if constexpr (kStep > 1)
+    return max_lane<kStep / 2>(x);
+  else
+    return x[0];
 }
 
 }  // namespace pyattn::PYATTN_ISA

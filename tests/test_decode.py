@@ -1,0 +1,188 @@
+"""Few queries against many keys, dense and through pages: conformance, bits, and what must not be read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyattn.testing import DTYPES, Case, assert_close, check_case, expected, make_inputs, to_pages
+
+DECODE = Case("decode", B=3, Hq=6, Hkv=2, Lq=1, Lk=5000, D=32, kv_lengths=(5000, 37, 4099))
+by_dtype = pytest.mark.parametrize("dtype", DTYPES)
+by_num_queries = pytest.mark.parametrize("num_queries", [1, 3, 8])
+
+
+def decode(num_queries=1, **changes):
+    return Case(**(vars(DECODE) | {"Lq": num_queries} | changes))
+
+
+def assert_same_bits(actual, expected):
+    for name, x in actual.items():
+        assert torch.equal(x, expected[name]), f"{name}: {int((x != expected[name]).sum())} elements differ"
+
+
+# ---- right, on either side of any decision -----------------------------------------------------------------
+
+
+@by_dtype
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize("page_size", [None, 16], ids=["dense", "paged"])
+def test_the_last_queries_alone(page_size, group, dtype, engine):
+    """Aligned bottom-right, the last n of 70 queries are a problem of their own, for a decode kernel or for tiles."""
+    case = Case("last", B=2, Hq=2 * group, Hkv=2, Lq=70, Lk=1100, D=32, causal=True)
+    kwargs = make_inputs(case, dtype)
+    emulated, truth = expected(case, dtype)
+    paged = kwargs if page_size is None else to_pages(kwargs, page_size)
+    for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 70):
+        actual = engine.results(paged | {"query": kwargs["query"][:, :, -n:]})
+        for name, x in actual.items():
+            assert_close(x, emulated[name][:, :, -n:], truth[name][:, :, -n:], f"{name} of {n} queries")
+
+
+@by_dtype
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"causal": True},
+        {"window": (1000, 0)},
+        {"window": (None, 3), "q_offset": (4900, 20, 4000)},
+        {"window": (10, None), "q_offset": (900, 4990, 4200), "kv_lengths": (20, 37, 4099)},
+        {"kv_starts": (700, 36, 4098)},
+        {"kv_lengths": (0, 5000, 1), "kv_starts": (0, 4999, 0)},
+        {"mask": "bool"},
+        {"mask": "float", "mask_shape": "B11K"},
+        {"mask": "float32", "mask_shape": "1H1K", "causal": True},
+        {"layout": "BLHD", "Dv": 48},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("page_size", [None, 64], ids=["dense", "paged"])
+def test_what_a_cache_may_ask_for(page_size, changes, dtype, engine):
+    case = decode(4, **changes)
+    kwargs = make_inputs(case, dtype)
+    check_case(engine.results(kwargs if page_size is None else to_pages(kwargs, page_size)), case, dtype)
+
+
+# ---- the same bits, whatever lies around -------------------------------------------------------------------
+
+
+@by_dtype
+@by_num_queries
+@pytest.mark.parametrize("changes", [{}, {"Hq": 1, "Hkv": 1, "B": 1, "kv_lengths": None}], ids=["batch", "one head"])
+def test_bits_do_not_depend_on_the_number_of_threads(changes, num_queries, dtype, engine):
+    kwargs = make_inputs(decode(num_queries, causal=True, **changes), dtype)
+    alone = engine.results(kwargs, threads=1)
+    for threads in (2, 4):
+        assert_same_bits(engine.results(kwargs, threads=threads), alone)
+
+
+@by_dtype
+@by_num_queries
+@pytest.mark.parametrize("page_size", [None, 64], ids=["dense", "paged"])
+def test_bits_of_a_sample_do_not_depend_on_its_batch(page_size, num_queries, dtype, engine):
+    kwargs = make_inputs(decode(num_queries, causal=True), dtype)
+    if page_size is not None:
+        kwargs = to_pages(kwargs, page_size)
+    batch = engine.results(kwargs)
+    shared = () if page_size is None else ("key", "value")  # the pages serve every sample
+    for b in range(DECODE.B):
+        alone = {n: x[b : b + 1] if isinstance(x, torch.Tensor) and n not in shared else x for n, x in kwargs.items()}
+        assert_same_bits(engine.results(alone), {name: x[b : b + 1] for name, x in batch.items()})
+
+
+@by_dtype
+@by_num_queries
+def test_pages_do_not_change_the_bits(num_queries, dtype, engine):
+    """Wherever they lie: ``to_pages`` draws their order."""
+    kwargs = make_inputs(decode(num_queries, causal=True), dtype)
+    dense = engine.results(kwargs)
+    for page_size in (1, 7, 16, 64, 256):
+        assert_same_bits(engine.results(to_pages(kwargs, page_size)), dense)
+
+
+@by_dtype
+@pytest.mark.parametrize("num_queries", [100, 300])
+def test_pages_do_not_change_the_bits_of_many_queries(num_queries, dtype, engine):
+    case = decode(num_queries, Lk=700, kv_lengths=(700, 37, 409), kv_starts=(0, 5, 400), causal=True)
+    kwargs = make_inputs(case, dtype)
+    for page_size in (3, 64, 256):
+        assert_same_bits(engine.results(to_pages(kwargs, page_size)), engine.results(kwargs))
+
+
+# ---- pages: what may lie in them, and around them ----------------------------------------------------------
+
+
+@by_dtype
+@by_num_queries
+@pytest.mark.parametrize("fill", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_in_use_never_shows(fill, num_queries, dtype, engine):
+    """Neither the rest of a page, nor other pages, nor what the block table names past the length."""
+    kwargs = make_inputs(decode(num_queries, kv_lengths=(17, 0, 4999)), dtype)
+    clean = engine.results(to_pages(kwargs, 16, fill=0.0))
+    assert_same_bits(engine.results(to_pages(kwargs, 16, fill=fill)), clean)
+    assert not clean["out"][1].any()
+    assert (clean["lse"][1] == -torch.inf).all()
+
+
+@by_dtype
+@by_num_queries
+def test_what_a_dense_cache_does_not_hold_yet_never_shows(num_queries, dtype, engine):
+    kwargs = make_inputs(decode(num_queries), dtype)
+    unused = (torch.arange(DECODE.Lk) >= kwargs["kv_lengths"][:, None])[:, None, :, None]
+    poisoned = {name: kwargs[name].masked_fill(unused, torch.nan) for name in ("key", "value")}
+    assert_same_bits(engine.results(kwargs | poisoned), engine.results(kwargs))
+
+
+@by_dtype
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize("page_size", [None, 16], ids=["dense", "paged"])
+def test_a_nan_stays_with_the_queries_that_see_it(page_size, name, dtype, engine):
+    """One key past a row's edge lies in the same page, tile and pair as the last that it sees."""
+    kwargs = make_inputs(Case("leak", B=1, Hq=4, Hkv=2, Lq=8, Lk=2000, D=32, causal=True), dtype)
+    for key in range(1992, 2000):
+        poisoned = kwargs[name].clone()
+        poisoned[:, :, key] = torch.nan
+        poisoned = kwargs | {name: poisoned}
+        out = engine.results(poisoned if page_size is None else to_pages(poisoned, page_size))["out"]
+        assert out[:, :, : key - 1992].isfinite().all()
+        assert out[:, :, key - 1992 :].isnan().all()
+
+
+@by_dtype
+def test_one_page_may_serve_several_samples(dtype, engine):
+    """As a shared prompt does."""
+    kwargs = to_pages(make_inputs(decode(2), dtype), 64)
+    first = kwargs["block_table"][:1]
+    shared = kwargs | {"block_table": first.expand_as(kwargs["block_table"])}
+    results = engine.results(shared)
+    for b in range(DECODE.B):
+        alone = {name: kwargs[name][b : b + 1] for name in ("query", "kv_lengths")} | {"block_table": first}
+        assert_same_bits(engine.results(kwargs | alone), {name: x[b : b + 1] for name, x in results.items()})
+
+
+@by_dtype
+@pytest.mark.parametrize("how", ["BLHD", "one tensor of keys and values", "sliced", "strided table"])
+def test_pages_of_any_strides(how, dtype, engine):
+    kwargs = to_pages(make_inputs(decode(3), dtype), 16)
+    key, value, table = (kwargs[name] for name in ("key", "value", "block_table"))
+    if how == "BLHD":  # [num_pages, page_size, Hkv, D], as flash-attn has them
+        changed = {n: kwargs[n].transpose(1, 2).contiguous().transpose(1, 2) for n in ("key", "value")}
+    elif how == "one tensor of keys and values":  # [num_pages, 2, Hkv, page_size, D]
+        changed = dict(zip(("key", "value"), torch.stack([key, value], 1).unbind(1), strict=True))
+    elif how == "sliced":
+        wide = {n: torch.full([size + 2 for size in kwargs[n].shape], torch.nan, dtype=dtype) for n in ("key", "value")}
+        changed = {n: x[1:-1, 1:-1, 1:-1, 1:-1].copy_(kwargs[n]) for n, x in wide.items()}
+    else:
+        changed = {"block_table": torch.stack([table, table * 0 - 1], -1)[..., 0]}
+    assert any(not x.is_contiguous() for x in changed.values())
+    assert_same_bits(engine.results(kwargs | changed), engine.results(kwargs))
+
+
+def test_a_table_without_columns(engine):
+    """Nothing is in use: no page need exist."""
+    kwargs = make_inputs(decode(2, kv_lengths=(0, 0, 0)), torch.float32)
+    for num_pages in (0, 3):
+        pages = {name: kwargs[name].new_full((num_pages, 2, 16, 32), torch.nan) for name in ("key", "value")}
+        results = engine.results(kwargs | pages | {"block_table": torch.empty(3, 0, dtype=torch.int32)})
+        assert not results["out"].any()
+        assert (results["lse"] == -torch.inf).all()
