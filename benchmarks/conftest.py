@@ -1,4 +1,11 @@
-"""Options of the benchmarks, and the files that their results go to."""
+"""What runs the suites: their options, grids and threads, and the files that their results go to.
+
+    make bench
+    python -m pytest benchmarks/bench_attention_decode.py --benchmark-only --quick
+
+In a cell all peers take turns in one process (``pyattn.measure.alternate``); its ratios are medians of paired ratios.
+A suite ``bench_NAME.py`` has a GRID of cells and a QUICK part of it; it writes ``results/<device>/NAME.json``.
+"""
 
 import datetime
 import json
@@ -10,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pyattn import compare
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `import peers`: pytest's importlib mode does not add it
+sys.path.insert(0, str(Path(__file__).parent))  # for `import suite`: importlib mode does not add it
 
 RESULTS = Path(__file__).parent / "results"
 _SAVED = pytest.StashKey[list[str]]()
@@ -25,12 +33,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, metavar="DIR", help=f"also for parts of a grid; default {RESULTS}")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    quick = metafunc.config.getoption("--quick")
+    metafunc.parametrize("cell", metafunc.module.QUICK if quick else metafunc.module.GRID, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def threads(cell: Any) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(cell.threads)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def cells(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    """Where a suite leaves what it measured; saved after its last test. The module has SUITE and GRID."""
+    """Where a suite leaves what it measured; saved after its last test."""
     cells: list[dict[str, Any]] = []
     yield cells
-    suite, directory = request.module.SUITE, request.config.getoption("--results")
+    suite, directory = request.path.stem.removeprefix("bench_"), request.config.getoption("--results")
     if directory is None and len(cells) < len(request.module.GRID):
         message = f"{suite}: only a part of the grid, not saved (--results DIR saves it)"
     else:

@@ -1,8 +1,10 @@
 """Other programs' attention, ready to be timed.
 
-A peer is prepared with query, key, value ``[B, H, L, D]`` and causal. It gives a call that computes attention
-and returns its output, or a sentence that says why it cannot. It runs with torch's number of threads. Laying
-inputs out as it likes them is not timed. The output of one call may be overwritten by the next.
+A peer is prepared with query ``[B, Hq, Lq, D]``, key and value ``[B, Hkv, Lk, D]`` and causal, which needs Lq = Lk:
+peers differ in what it means otherwise. It gives a call that computes attention and returns its output, or a sentence
+that says why it cannot. Where query, key and value require gradients, the output has a graph. It runs with torch's
+number of threads. Laying inputs out as it likes them is not timed. The output of one call may be overwritten by the
+next.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from torch import Tensor
 import pyattn
 
 Prepared = Callable[[], Tensor] | str
+INFERENCE_ONLY = "an inference engine: it has no backward"
+PAGE_SIZE = 64
 
 
 def prepare(name: str, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
@@ -27,24 +31,45 @@ def ours(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
     return lambda: pyattn.attention(query, key, value, causal=causal)
 
 
+def ours_paged(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
+    """The same keys and values in pages that lie in memory in random order."""
+    B, _, L, _ = key.shape
+    if L % PAGE_SIZE:
+        return f"the keys must fill pages of {PAGE_SIZE}"
+    table = torch.randperm(B * L // PAGE_SIZE).to(torch.int32).view(B, -1)
+    # [B, Hkv, L, D] -> [B, pages of a sample, Hkv, PAGE_SIZE, D] -> [pages, Hkv, PAGE_SIZE, D], where the table says
+    pages = [x.unflatten(2, (-1, PAGE_SIZE)).transpose(1, 2).flatten(0, 1) for x in (key, value)]
+    order = table.flatten().argsort()
+    key_pages, value_pages = (x[order] for x in pages)
+    lengths = torch.full((B,), L, dtype=torch.int32)
+    arguments = {"block_table": table, "kv_lengths": lengths, "causal": causal}
+    if pyattn.explain(query, key_pages, value_pages, **arguments).chosen["forward"] == "reference":
+        return "pyattn has no kernel for pages here"
+    return lambda: pyattn.attention(query, key_pages, value_pages, **arguments)
+
+
 def naive(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
     return lambda: pyattn.naive_attention(query, key, value, causal=causal)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
-    return lambda: F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    grouped = query.shape[1] != key.shape[1]
+    return lambda: F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    if query.requires_grad and not query.is_cuda:
+        return "NotImplementedError: it does not support backward on CPU"
     torch.compiler.reset()  # compiled code keeps the number of threads it was compiled for
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = None
     if causal:
         L = query.shape[2]
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, L, L, device=query.device.type)
-    return lambda: compiled(query, key, value, block_mask=mask)
+    grouped = query.shape[1] != key.shape[1]
+    return lambda: compiled(query, key, value, block_mask=mask, enable_gqa=grouped)
 
 
 def onnxruntime(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
@@ -52,37 +77,41 @@ def onnxruntime(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prep
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
+    if query.requires_grad:
+        return INFERENCE_ONLY
     if query.dtype != torch.float32 or query.is_cuda:
-        return "its MultiHeadAttention on the CPU is for float32"
-    B, H, L, D = query.shape
-    shape = (B, L, H * D)
+        return "its attention on the CPU is for float32"
+    heads, kv_heads = query.shape[1], key.shape[1]
+    # [B, H, L, D] -> [B, L, H * D]
+    inputs = [x.transpose(1, 2).flatten(2).contiguous() for x in (query, key, value)]
+    out = torch.empty_like(inputs[0])
     names = ("query", "key", "value")
-    node = helper.make_node(
-        "MultiHeadAttention",
-        names,
-        ("out",),
-        domain="com.microsoft",
-        num_heads=H,
-        unidirectional=int(causal),
-    )
-    infos = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in (*names, "out")}
-    graph = helper.make_graph([node], "attention", [infos[name] for name in names], [infos["out"]])
-    domains = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    if query.shape[2] == key.shape[2]:
+        domain, op = "com.microsoft", "MultiHeadAttention"
+        attributes = {"num_heads": heads, "unidirectional": int(causal)}
+    else:  # with few queries its other operator is the faster one, and it takes grouped heads
+        domain, op = "", "Attention"
+        attributes = {"q_num_heads": heads, "kv_num_heads": kv_heads}
+    node = helper.make_node(op, names, ("out",), domain=domain, **attributes)
+    infos = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape)
+        for name, x in zip((*names, "out"), (*inputs, out), strict=True)
+    ]
+    graph = helper.make_graph([node], "attention", infos[:3], infos[3:])
+    domains = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow whoever is next
     model = helper.make_model(graph, opset_imports=domains, ir_version=10)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    inputs = [x.transpose(1, 2).reshape(shape).contiguous() for x in (query, key, value)]
     for name, x in zip(names, inputs, strict=True):
-        binding.bind_input(name, "cpu", 0, np.float32, shape, x.data_ptr())
-    out = torch.empty(shape)
-    binding.bind_output("out", "cpu", 0, np.float32, shape, out.data_ptr())
+        binding.bind_input(name, "cpu", 0, np.float32, x.shape, x.data_ptr())
+    binding.bind_output("out", "cpu", 0, np.float32, out.shape, out.data_ptr())
 
     def run(_inputs_stay_alive: list[Tensor] = inputs) -> Tensor:
         session.run_with_iobinding(binding)
-        return out.view(B, L, H, D).transpose(1, 2)
+        return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
     return run
 
@@ -92,11 +121,15 @@ def openvino(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepare
     from openvino import opset13
 
     types = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
+    if query.requires_grad:
+        return INFERENCE_ONLY
     if query.dtype not in types or query.is_cuda:
         return "measured on the CPU, in float32 and bfloat16"
+    if key.shape[1] not in (1, query.shape[1]):
+        return "it takes one key head, or as many as query heads"
     dtype = types[query.dtype]
-    shape = list(query.shape)
-    parameters = [opset13.parameter(shape, dtype) for _ in range(3)]
+    inputs = (query, key, value)
+    parameters = [opset13.parameter(list(x.shape), dtype) for x in inputs]
     model = ov.Model([opset13.scaled_dot_product_attention(*parameters, causal=causal)], parameters)
     settings = {
         "INFERENCE_PRECISION_HINT": dtype.get_type_name(),
@@ -108,10 +141,10 @@ def openvino(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepare
 
     def shared(x: Tensor) -> ov.Tensor:  # numpy has no bfloat16: the bits go through int16
         array = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
-        return ov.Tensor(array, shape, dtype)
+        return ov.Tensor(array, list(x.shape), dtype)
 
     out = torch.empty_like(query)
-    for i, x in enumerate((query, key, value)):
+    for i, x in enumerate(inputs):
         request.set_input_tensor(i, shared(x))
     request.set_output_tensor(0, shared(out))
 
@@ -143,6 +176,7 @@ def xformers(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepare
 
 PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Prepared]] = {
     "pyattn": ours,
+    "pyattn, paged": ours_paged,
     "torch SDPA": sdpa,
     "naive": naive,
     "FlexAttention": flex,

@@ -1,17 +1,20 @@
-"""README's table and the plot beside it, from the results of ``bench_attention.py``.
+"""README's tables and the plots beside them, from the results of the suites.
 
     make report
     python benchmarks/report.py --device amd-epyc-zen-4-2c
 
-The table goes between the lines ``<!-- report:begin attention_forward -->`` and, with ``end``, its like.
+A suite's table and its plot go between the lines ``<!-- report:begin NAME -->`` and, with ``end``, its like.
 """
 
 import argparse
+import itertools
 import json
+import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyattn import compare
 
@@ -22,17 +25,23 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SUITE = "attention_forward"
-PEERS = ("torch SDPA", "naive", "FlexAttention", "ONNX Runtime", "OpenVINO")
-COLORS = compare.COLORS | {"FlexAttention": "#8b5fbf", "ONNX Runtime": "#2a9d6f", "OpenVINO": "#c23b5a"}
-TABLE_FROM = 128  # shorter lengths are in the plot
+HEAD_DIM = 64  # the results hold other head dims too
+COLORS = {
+    "pyattn": compare.COLORS["pyattn"],
+    "pyattn, paged": "#5aa9e6",
+    **compare.COLORS,
+    "FlexAttention": "#8b5fbf",
+    "ONNX Runtime": "#2a9d6f",
+    "OpenVINO": "#c23b5a",
+}
+PEERS = [name for name in COLORS if name != "pyattn"]
 VARIANTS = [(dtype, causal) for dtype in ("float32", "bfloat16") for causal in (False, True)]
 
 Cell = dict[str, Any]
+Row = dict[str, str]  # a column's text by its heading
 
 
 def main() -> None:
@@ -40,31 +49,38 @@ def main() -> None:
     parser.add_argument("--device", help=f"a folder of {RESULTS.relative_to(ROOT)}; default: the newest results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="DIR", help="for the plot")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="DIR", help="for the plots")
     parser.add_argument("--threads", type=int, help="default: the most that were measured")
-    parser.add_argument("--head-dim", type=int, default=64)
     args = parser.parse_args()
     try:
-        environment, cells = load(args.results, args.device)
-        threads = args.threads or max(cell["threads"] for cell in cells)
-        cells = [c for c in cells if c["threads"] == threads and c["head_dim"] == args.head_dim]
-        if not cells:
-            raise ValueError(f"nothing was measured with {threads} threads and head dim {args.head_dim}")
-        insert(args.readme, SUITE, table(environment, cells))
+        args.docs.mkdir(parents=True, exist_ok=True)
+        for name, (environment, cells) in load(args.results, args.device).items():
+            threads = args.threads or max(cell["threads"] for cell in cells)
+            cells = [c for c in cells if c["threads"] == threads and c["head_dim"] == HEAD_DIM]
+            suite = SUITES[name]
+            rows = suite.rows(cells)
+            if not rows:
+                raise ValueError(f"{name} has nothing for its table with {threads} threads and head dim {HEAD_DIM}")
+            lines = [f"**{suite.title}**", markdown(rows), caption(environment, cells, suite.note)]
+            if suite.plot:
+                path = args.docs / f"{name}.png"
+                draw(suite.plot, cells, conditions(environment, cells), path)
+                lines.append(f"![{suite.plot.title}]({os.path.relpath(path, args.readme.parent)})")
+            insert(args.readme, name, "\n\n".join(lines))
+            print(f"{name}: {environment['device']}, measured {environment['date']}")
     except (OSError, ValueError) as error:
         sys.exit(f"report: {error}")
-    args.docs.mkdir(parents=True, exist_ok=True)
-    plot(environment, cells, args.docs / f"{SUITE}.png")
-    print(f"{args.readme} and {args.docs / SUITE}.png: {environment['device']}, measured {environment['date']}")
 
 
-def load(results: Path, device: str | None) -> tuple[dict[str, Any], list[Cell]]:
-    files = sorted(results.glob(f"{device or '*'}/{SUITE}.json"))
-    if not files:
-        raise ValueError(f"no {SUITE}.json for {device or 'any device'} in {results}: run `make bench` first")
-    found = [json.loads(path.read_text()) for path in files]
-    newest = max(found, key=lambda result: result["environment"]["date"])
-    return newest["environment"], newest["cells"]
+def load(results: Path, device: str | None) -> dict[str, tuple[dict[str, Any], list[Cell]]]:
+    """Environment and cells of every suite that one device has results of."""
+    found = [json.loads(path.read_text()) | {"suite": path.stem} for path in results.glob(f"{device or '*'}/*.json")]
+    found = [result for result in found if result["suite"] in SUITES]
+    if not found:
+        raise ValueError(f"nothing for {device or 'any device'} in {results}: run `make bench` first")
+    newest = max(found, key=lambda result: result["environment"]["date"])["environment"]["device"]
+    of_device = [result for result in found if result["environment"]["device"] == newest]
+    return {result["suite"]: (result["environment"], result["cells"]) for result in of_device}
 
 
 def insert(path: Path, name: str, text: str) -> None:
@@ -83,78 +99,224 @@ def conditions(environment: dict[str, Any], cells: list[Cell]) -> str:
     return f"batch x heads {one['batch_heads']}, head dim {one['head_dim']}; {machine}"
 
 
-# ---- the table ---------------------------------------------------------------------------------------------
+def caption(environment: dict[str, Any], cells: list[Cell], note: str) -> str:
+    return f"{conditions(environment, cells)}, {environment['date'][:10]}. {note} Made by `{environment['command']}`."
 
 
-def table(environment: dict[str, Any], cells: list[Cell]) -> str:
-    measured = [peer for peer in PEERS if any(peer in cell["speedup"] for cell in cells)]
-    head = ["", "length", "pyattn GFLOP/s", "of peak", *(f"over {peer}" for peer in measured)]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for dtype, causal in VARIANTS:
-        for cell in select(cells, dtype, causal):
-            if cell["length"] < TABLE_FROM:
-                continue
-            ratios = [f"{cell['speedup'][peer]:.2f}x" if peer in cell["speedup"] else "" for peer in measured]
-            percent = f"{cell['percent_of_peak']:.0f}%"
-            label = f"{dtype}, causal" if causal else dtype
-            lines.append([label, str(cell["length"]), f"{cell['gflops']['pyattn']:.0f}", percent, *ratios])
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return (
-        f"{rows}\n\n{conditions(environment, cells)}, {environment['date'][:10]}. Ratios are medians of "
-        "paired ratios of alternating runs; causal counts half the operations; the peak is that of the CPU's "
-        f"multiply-add instruction, measured. Made by `{environment['command']}`."
-    )
+# ---- the tables --------------------------------------------------------------------------------------------
 
 
-def select(cells: list[Cell], dtype: str, causal: bool) -> list[Cell]:
-    chosen = [cell for cell in cells if cell["dtype"] == dtype and cell["causal"] == causal]
+def markdown(rows: list[Row]) -> str:
+    """A table of the columns in which any row says something."""
+    head = [column for column in rows[0] if any(row[column] for row in rows)]
+    lines = [head, ["---" if column == "" else "---:" for column in head]]
+    lines += [[row[column] for column in head] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def select(cells: list[Cell], **fields: Any) -> list[Cell]:
+    """Those with these fields, short ones first."""
+    chosen = [cell for cell in cells if all(cell[name] == value for name, value in fields.items())]
     return sorted(chosen, key=lambda cell: cell["length"])
 
 
-# ---- the plot ----------------------------------------------------------------------------------------------
+def speedups(cell: Cell | None, peers: list[str] = PEERS, suffix: str = "") -> Row:
+    ratios = cell["speedup"] if cell else {}
+    return {f"over {peer}{suffix}": f"{ratios[peer]:.2f}x" if peer in ratios else "" for peer in peers}
 
 
-def plot(environment: dict[str, Any], cells: list[Cell], path: Path) -> None:
-    figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained", sharex=True, sharey="row")
-    for axes, (dtype, causal) in zip(grid.flat, VARIANTS, strict=True):
-        panel(axes, select(cells, dtype, causal))
-        axes.set_title(f"{dtype}, {'causal' if causal else 'full'}", fontsize=11)
+def throughput_rows(cells: list[Cell]) -> list[Row]:
+    return [
+        {"": f"{dtype}, causal" if causal else dtype, "length": str(cell["length"])}
+        | {"pyattn GFLOP/s": f"{cell['gflops']['pyattn']:.0f}", "of peak": f"{cell['percent_of_peak']:.0f}%"}
+        | speedups(cell)
+        for dtype, causal in VARIANTS
+        for cell in select(cells, dtype=dtype, causal=causal)
+        if cell["length"] >= 128
+    ]
+
+
+def backward_rows(cells: list[Cell]) -> list[Row]:
+    """The backward alone and, in the last columns, both passes of the same problem."""
+    both = {(c["dtype"], c["causal"], c["length"]): c for c in cells if c["op"] == "forward and backward"}
+    alone = select(cells, op="backward")
+    problems = [
+        (c["dtype"], c["causal"], c["length"]) for v in VARIANTS for c in select(alone, dtype=v[0], causal=v[1])
+    ]
+    rows = zip(problems, throughput_rows(alone), strict=True)
+    return [row | speedups(both.get(problem), ["torch SDPA", "naive"], ", both") for problem, row in rows]
+
+
+def decode_rows(cells: list[Cell]) -> list[Row]:
+    """One length that caches hold, and the one that they do not."""
+    kinds = itertools.product(("float32", "bfloat16"), (8, 1), (1, 8))
+    return [
+        {"": f"{dtype}, {plural(kv_heads, 'key head')}, {plural(queries, 'query', 'queries')}"}
+        | {"keys": str(cell["length"]), "pyattn GB/s": f"{cell['gb_per_second']['pyattn']:.1f}"}
+        | {"of DRAM": f"{cell['percent_of_dram']:.0f}%" if "percent_of_dram" in cell else ""}
+        | speedups(cell)
+        for dtype, kv_heads, queries in kinds
+        for cell in select(cells, dtype=dtype, kv_heads=kv_heads, num_queries=queries)
+        if cell["length"] == 8192 or "percent_of_dram" in cell
+    ]
+
+
+def short_rows(cells: list[Cell]) -> list[Row]:
+    return [
+        {"": dtype, "length": str(cell["length"]), "pyattn us": f"{cell['microseconds']['pyattn']:.0f}"}
+        | speedups(cell)
+        for dtype in ("float32", "bfloat16")
+        for cell in select(cells, dtype=dtype, causal=False)
+    ]
+
+
+def memory_rows(cells: list[Cell]) -> list[Row]:
+    def megabytes(cell: Cell, name: str) -> str:
+        peak = cell["peak_extra_bytes"]
+        return f"{peak[name] / 1e6:.1f} MB" if name in peak else "does not fit"
+
+    return [
+        {"": cell["op"], "length": str(cell["length"])} | {name: megabytes(cell, name) for name in compare.COLORS}
+        for op in ("forward", "forward and backward")
+        for cell in select(cells, op=op)
+    ]
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+# ---- the plots ---------------------------------------------------------------------------------------------
+
+
+class Plot(NamedTuple):
+    title: str
+    panels: dict[str, dict[str, Any]]  # by title: the fields of the cells in a panel
+    y_label: str
+    values: Callable[[Cell], dict[str, float]]  # by implementation
+    limit: tuple[str, Callable[[Cell], float | None]] | None = None  # what the machine can do at most
+    note: str = ""
+    log: bool = False
+
+
+def draw(plot: Plot, cells: list[Cell], conditions: str, path: Path) -> None:
+    rows = len(plot.panels) // 2
+    size = (11, 0.5 + 3.5 * rows)
+    figure, grid = plt.subplots(rows, 2, figsize=size, layout="constrained", sharey="row", squeeze=False)
+    for axes, (title, fields) in zip(grid.flat, plot.panels.items(), strict=True):
+        panel(axes, plot, select(cells, **fields))
+        axes.set_title(title, fontsize=11)
     for axes in grid[:, 0]:
-        axes.set_ylabel("GFLOP/s")
-    for axes in grid[1]:
-        axes.set_xlabel("sequence length")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
+        axes.set_ylabel(plot.y_label)
+    for axes in grid[-1]:
+        axes.set_xlabel("length")
+    labelled = {artist.get_label(): artist for axes in grid.flat for artist in axes.get_lines()}
     figure.legend(
-        handles,
-        labels,
-        title="Attention forward: higher is faster",
+        labelled.values(),
+        labelled.keys(),
+        title=plot.title,
         title_fontproperties={"weight": "bold", "size": 13},
         loc="outside upper center",
-        ncols=len(labels),
+        ncols=len(labelled),
+        columnspacing=1.2,
+        handlelength=1.4,
         frameon=False,
     )
-    note = f"{conditions(environment, cells)}\ncausal counts half the operations"
-    figure.supxlabel(note, fontsize=9, color="#555555")
+    figure.supxlabel(f"{conditions}\n{plot.note}".strip(), fontsize=9, color="#555555")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def panel(axes: Axes, cells: list[Cell]) -> None:
-    for name in ("pyattn", *PEERS):
-        points = [(cell["length"], cell["gflops"][name]) for cell in cells if name in cell["gflops"]]
+def panel(axes: Any, plot: Plot, cells: list[Cell]) -> None:
+    for name, color in COLORS.items():
+        points = [(cell["length"], plot.values(cell)[name]) for cell in cells if name in plot.values(cell)]
         if points:
             width = 2.8 if name == "pyattn" else 1.6
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, "o-", color=COLORS[name], lw=width, ms=4, label=name, zorder=3 if width > 2 else 2)
-    if cells:
-        axes.axhline(cells[0]["peak_gflops"], color="#333333", ls=":", lw=1.2, label="measured peak")
+            axes.plot(x, y, "o-", color=color, lw=width, ms=4, label=name, zorder=3 if name == "pyattn" else 2)
+    limits = [limit for cell in cells if plot.limit and (limit := plot.limit[1](cell))]
+    if plot.limit and limits:
+        axes.axhline(max(limits), color="#333333", ls=":", lw=1.2, label=plot.limit[0])
     axes.set_xscale("log")
     lengths = [cell["length"] for cell in cells]
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    if plot.log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(color="#dddddd", lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+# ---- the suites --------------------------------------------------------------------------------------------
+
+
+class Suite(NamedTuple):
+    title: str
+    rows: Callable[[list[Cell]], list[Row]]
+    note: str
+    plot: Plot | None = None
+
+
+def by_variant(**fields: Any) -> dict[str, dict[str, Any]]:
+    return {
+        f"{dtype}, {'causal' if causal else 'full'}": {"dtype": dtype, "causal": causal} | fields
+        for dtype, causal in VARIANTS
+    }
+
+
+PEAK = ("measured peak", lambda cell: cell["peak_gflops"])
+HALF = "Causal counts half the operations."
+FORWARD = Plot("Attention forward: higher is faster", by_variant(), "GFLOP/s", lambda cell: cell["gflops"], PEAK, HALF)
+SUITES = {
+    "attention_forward": Suite(
+        "Forward",
+        throughput_rows,
+        f"{HALF} The peak is that of the CPU's multiply-add instruction, measured.",
+        FORWARD,
+    ),
+    "attention_backward": Suite(
+        "Backward, alone and together with its forward",
+        backward_rows,
+        f"{HALF} The last columns: both passes.",
+        FORWARD._replace(title="Attention backward alone: higher is faster", panels=by_variant(op="backward")),
+    ),
+    "attention_decode": Suite(
+        "Decode: few queries, many keys",
+        decode_rows,
+        "GB/s count each key and value once. The percentage is of the rate at which torch reads DRAM with as many "
+        "threads, taken in turns, where keys and values exceed four times the last level of cache.",
+        Plot(
+            "Attention of one query: higher is faster",
+            {
+                f"{dtype}, {plural(kv_heads, 'key head')}": {"dtype": dtype, "kv_heads": kv_heads, "num_queries": 1}
+                for dtype in ("float32", "bfloat16")
+                for kv_heads in (8, 1)
+            },
+            "GB/s of keys and values",
+            lambda cell: cell["gb_per_second"],
+            ("DRAM read, measured", lambda cell: cell.get("dram_gb_per_second")),
+        ),
+    ),
+    "attention_short": Suite(
+        "Short sequences", short_rows, "The time of one call of the forward from Python, full attention."
+    ),
+    "attention_memory": Suite(
+        "Memory",
+        memory_rows,
+        "The peak of a fresh process above inputs and results, float32, causal.",
+        Plot(
+            "Memory above inputs and results: lower is better",
+            {op: {"op": op} for op in ("forward", "forward and backward")},
+            "MB",
+            # the system counts pages, and zero has no place on a logarithmic axis
+            lambda cell: {name: max(peak, 4096) / 1e6 for name, peak in cell["peak_extra_bytes"].items()},
+            log=True,
+        ),
+    ),
+}
 
 
 if __name__ == "__main__":

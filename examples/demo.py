@@ -1,10 +1,10 @@
-"""A byte-level GPT trained with naive and with pyattn attention: the same losses, a cheaper evaluation.
+"""A byte-level GPT trained with naive and with pyattn attention: the same losses, in less time.
 
     python examples/demo.py --out build/demo
 
-The text is the help that CPython ships (``pydoc_data.topics``); its last tenth is held out. Both trainings
-start from one seed, see the same batches and take the same number of steps, so they share their losses. What
-evaluation costs differs, and is measured at the end.
+The text is the help that CPython ships (``pydoc_data.topics``); its last tenth is held out. At each context both
+trainings start from one seed, see the same batches and take the same number of steps, so they share their losses.
+What a step costs is measured at the end, with torch's attention beside them.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import pydoc_data.topics
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,17 +34,22 @@ from rich import box, progress  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-CONTEXT, BATCH, LEARNING_RATE, WARM_UP_STEPS = 256, 4, 4e-3, 20
+CONTEXTS, TOKENS_PER_STEP, LEARNING_RATE, WARM_UP_STEPS = (512, 2048), 2048, 4e-3, 20
 SIZE = {"dim": 96, "depth": 3, "heads": 3}
 COMPARED = ("naive", "pyattn")
-EVALUATION_CONTEXTS = (512, 2048, 8192)
+COLORS = {name: compare.COLORS["torch SDPA" if name == "torch" else name] for name in ATTENTION}
 console = Console(highlight=False)
+
+
+class StepCost(NamedTuple):
+    times: measure.Times
+    memory: dict[str, int | None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="training steps of each model; default: what --seconds allow")
-    parser.add_argument("--seconds", type=float, default=60, help="for both trainings together, default 60")
+    parser.add_argument("--seconds", type=float, default=150, help="for all trainings together, default 150")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR", help="for the plot")
     args = parser.parse_args()
@@ -51,126 +58,158 @@ def main() -> None:
 
     text = "\n".join(pydoc_data.topics.topics.values()).encode()
     cut = len(text) * 9 // 10
-    train, held_out = bytes_tensor(text[:cut]), bytes_tensor(text[cut:])
-    steps = args.steps or affordable_steps(train, args.seconds)
-
-    console.print(f"[bold]A small GPT on {len(text) / 1e3:.0f} kB of Python's own help, trained twice[/]")
+    train, held_out = (torch.tensor(list(part)) for part in (text[:cut], text[cut:]))
+    console.print(f"[bold]A small GPT on {len(text) / 1e3:.0f} kB of Python's own help[/]")
     console.print(compare.describe(compare.environment()))
-    models, losses = {}, {}
-    for name in COMPARED:
-        models[name], losses[name] = train_gpt(name, train, steps)
-    print_quality(models, held_out, text[cut:])
-    difference = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
-    console.print(f"Largest difference between the two losses in {steps} steps: {difference:.1e} bits per byte.")
-    console.print(f"plot: {save_plot(losses, args.out)}\n")
-    print_evaluation_cost()
 
-
-def bytes_tensor(text: bytes) -> Tensor:
-    return torch.tensor(list(text))
+    losses, quality = {}, {}
+    for context in CONTEXTS:
+        steps = args.steps or affordable_steps(context, train, args.seconds / len(CONTEXTS))
+        for name in COMPARED:
+            model, losses[context, name] = train_gpt(name, context, train, steps)
+            quality[context, name] = bits_per_byte(model, held_out)
+    print_quality(quality, text[cut:])
+    for context in CONTEXTS:
+        differences = [abs(a - b) for a, b in zip(*(losses[context, name] for name in COMPARED), strict=True)]
+        steps, largest = len(differences), max(differences)
+        console.print(f"Context {context}, {steps} steps: the losses differ by at most {largest:.1e} bits per byte.")
+    costs = {context: step_cost(context, train) for context in progress.track(CONTEXTS, "timing a step")}
+    print_cost(costs)
+    console.print(f"plot: {save_plot(losses, costs, args.out)}")
 
 
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def train_gpt(attention: str, text: Tensor, steps: int, *, quiet: bool = False) -> tuple[GPT, list[float]]:
-    """The trained model, and the loss of every step in bits per byte. The seed decides everything else."""
+def trainer(attention: str, context: int, text: Tensor, steps: int) -> tuple[GPT, Callable[[], Tensor]]:
+    """A fresh model and a call that takes its next training step and returns the loss. The seed decides the rest."""
     torch.manual_seed(0)
-    model = GPT(**SIZE, max_length=CONTEXT, attention=attention)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    losses = []
-    for step in progress.track(range(steps), f"training with {attention} attention", disable=quiet):
-        decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)  # to a tenth
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS) * decay
-        starts = torch.randint(len(text) - CONTEXT, (BATCH,))
-        tokens = torch.stack([text[start : start + CONTEXT + 1] for start in starts])
+    batches = torch.Generator().manual_seed(0)
+    model = GPT(**SIZE, max_length=context, attention=attention)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # warm-up, then a cosine to a tenth
+        optimizer, lambda i: min(1, (i + 1) / WARM_UP_STEPS) * (0.55 + 0.45 * math.cos(math.pi * min(1, i / steps)))
+    )
+
+    def step() -> Tensor:
+        starts = torch.randint(len(text) - context, (TOKENS_PER_STEP // context,), generator=batches)
+        tokens = torch.stack([text[start : start + context + 1] for start in starts])
         loss = model(tokens[:, :-1], targets=tokens[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item() / math.log(2))
-    return model, losses
+        schedule.step()
+        return loss.detach()
+
+    return model, step
 
 
-def affordable_steps(text: Tensor, seconds: float) -> int:
-    """The equal number of steps that both trainings can take in ``seconds`` together."""
-    trial = 5
+def train_gpt(attention: str, context: int, text: Tensor, steps: int) -> tuple[GPT, list[float]]:
+    """The trained model, and the loss of every step in bits per byte."""
+    model, step = trainer(attention, context, text, steps)
+    label = f"context {context}, {attention} attention"
+    return model, [step().item() / math.log(2) for _ in progress.track(range(steps), label)]
+
+
+def affordable_steps(context: int, text: Tensor, seconds: float) -> int:
+    """The equal number of steps that all compared trainings of a context can take in ``seconds`` together."""
+    taken = 0.0
     for name in COMPARED:
-        train_gpt(name, text, 1, quiet=True)
-    start = time.perf_counter()
-    for name in COMPARED:
-        train_gpt(name, text, trial, quiet=True)
-    return max(1, int(seconds / (time.perf_counter() - start) * trial))
+        _, step = trainer(name, context, text, 1)
+        step()  # warm-up
+        start = time.perf_counter()
+        for _ in range(3):
+            step()
+        taken += (time.perf_counter() - start) / 3
+    return max(1, int(seconds / taken))
 
 
 @torch.no_grad()
 def bits_per_byte(model: GPT, text: Tensor) -> float:
-    """Over consecutive windows, each byte predicted from those before it in its window."""
-    count = (len(text) - 1) // CONTEXT
-    tokens, targets = (text[i : i + count * CONTEXT].view(count, CONTEXT) for i in (0, 1))
-    total = sum(model(x, targets=y).item() * len(x) for x, y in zip(tokens.split(32), targets.split(32), strict=True))
+    """Over consecutive windows of the model's context, each byte predicted from those before it in its window."""
+    context = model.max_length
+    count = (len(text) - 1) // context
+    tokens, targets = (text[i : i + count * context].view(count, context) for i in (0, 1))
+    batches = (x.split(TOKENS_PER_STEP // context) for x in (tokens, targets))
+    total = sum(model(x, targets=y).item() * len(x) for x, y in zip(*batches, strict=True))
     return total / count / math.log(2)
 
 
-def print_quality(models: dict[str, GPT], held_out: Tensor, raw: bytes) -> None:
+# ---- what a step costs -------------------------------------------------------------------------------------
+
+
+def step_cost(context: int, text: Tensor) -> StepCost:
+    """Time and memory of a training step with each attention."""
+    steps = {name: trainer(name, context, text, 1)[1] for name in ATTENTION}
+    for step in steps.values():
+        step()  # the first one allocates the optimizer's state
+    memory = {name: measure.peak_extra_memory(step) for name, step in steps.items()}
+    return StepCost(measure.alternate(steps, min_time=5, rounds=5), memory)
+
+
+# ---- tables and plot ---------------------------------------------------------------------------------------
+
+
+def print_quality(quality: dict[tuple[int, str], float], raw: bytes) -> None:
     frequencies = [count / len(raw) for count in Counter(raw).values()]
     table = Table("held-out text", "bits per byte", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, model in models.items():
-        table.add_row(f"GPT, {name} attention", f"{bits_per_byte(model, held_out):.4f}", style="bold")
+    for (context, name), bits in quality.items():
+        table.add_row(f"GPT, context {context}, {name} attention", f"{bits:.4f}", style="bold")
     table.add_row("its own byte frequencies", f"{-sum(p * math.log2(p) for p in frequencies):.4f}")
     table.add_row("zlib, level 9", f"{8 * len(zlib.compress(raw, 9)) / len(raw):.4f}")
     console.print(table)
     console.print("(Too short a training to reach zlib: what matters here is that the two agree.)")
 
 
-def save_plot(losses: dict[str, list[float]], directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    axes.plot(losses["naive"], color="#c4c4c4", lw=6, label="naive attention")
-    axes.plot(losses["pyattn"], color=compare.COLORS["pyattn"], lw=1.3, label="pyattn attention")
-    axes.set(xlabel="step", ylabel="training loss (bits per byte)", title="One seed, two ways to compute attention")
-    axes.grid(color="#dddddd", lw=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    path = directory / "demo_loss.png"
-    figure.savefig(path, dpi=150)
-    return path
-
-
-# ---- evaluation --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def print_evaluation_cost() -> None:
-    """Time and memory of the forward pass over one sequence, with fresh weights: they do not matter."""
+def print_cost(costs: dict[int, StepCost]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("context", justify="right")
-    table.add_column("attention")
-    for column in ("time", "pyattn is", "extra memory"):
-        table.add_column(column, justify="right")
-    models = {name: GPT(**SIZE, max_length=max(EVALUATION_CONTEXTS), attention=name) for name in ATTENTION}
-    for context in progress.track(EVALUATION_CONTEXTS, "evaluating", auto_refresh=False):
-        tokens = torch.randint(256, (1, context))
-        runs = {name: lambda model=model, x=tokens: model(x) for name, model in models.items()}
-        if context == EVALUATION_CONTEXTS[0]:  # warm-up
-            for run in runs.values():
-                run()
-        memory = {name: measure.peak_extra_memory(run) for name, run in runs.items()}
-        times = measure.alternate(runs, rounds=3)
+    for column in ("context", "attention", "a step", "pyattn is", "memory"):
+        table.add_column(column, justify="left" if column == "attention" else "right")
+    for context, (times, memory) in costs.items():
         for name in ATTENTION:
+            ours = name == "pyattn"
             table.add_row(
-                str(context) if name == "naive" else "",
+                str(context) if name == next(iter(ATTENTION)) else "",
                 name,
                 compare.format_time(times.median(name)),
-                "" if name == "pyattn" else compare.format_speedup(times.ratio(name, "pyattn")),
+                "" if ours else compare.format_speedup(times.ratio(name, "pyattn")),
                 compare.format_bytes(memory[name]),
-                style="bold" if name == "pyattn" else None,
+                style="bold" if ours else None,
             )
         table.add_section()
-    console.print("[bold]What evaluation costs[/]: a forward pass of the whole model over one sequence")
+    console.print(f"\n[bold]What a training step costs[/]: forward, backward and update, {TOKENS_PER_STEP} tokens")
     console.print(table)
-    console.print("Times and ratios are medians over alternating runs; memory is the peak above the start.")
+    console.print("Times and ratios are medians over alternating steps; memory is the peak above the start.")
+
+
+def save_plot(losses: dict[tuple[int, str], list[float]], costs: dict[int, StepCost], directory: Path) -> Path:
+    """Above, the losses of both trainings; below, the time of a step; a column a context."""
+    figure, grid = plt.subplots(
+        2, len(CONTEXTS), figsize=(11, 6), layout="constrained", height_ratios=(3, 1), sharey="row"
+    )
+    for context, loss_axes, time_axes in zip(CONTEXTS, *grid, strict=True):
+        loss_axes.plot(losses[context, "naive"], color="#c4c4c4", lw=6, label="naive attention")
+        loss_axes.plot(losses[context, "pyattn"], color=COLORS["pyattn"], lw=1.3, label="pyattn attention")
+        loss_axes.set(xlabel="step", title=f"context {context}")
+        loss_axes.grid(color="#dddddd", lw=0.7)
+        times = costs[context].times
+        milliseconds = [times.median(name) * 1e3 for name in ATTENTION]
+        bars = time_axes.barh(list(ATTENTION), milliseconds, color=[COLORS[name] for name in ATTENTION])
+        ratios = [f"{times.ratio(name, 'pyattn'):.2f}x" for name in ATTENTION]
+        time_axes.bar_label(bars, [f" {ms:.0f} ms, {x}" for ms, x in zip(milliseconds, ratios, strict=True)])
+        time_axes.set(xlabel="time of a training step (ms); x: over pyattn's, in alternation")
+        time_axes.set_xlim(right=1.3 * max(milliseconds))  # room for the labels
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].set_ylabel("training loss (bits per byte)")
+    grid[0, 0].legend(frameon=False)
+    figure.suptitle("One seed, two ways to compute attention: the same losses, in less time", fontweight="bold")
+    figure.supxlabel(compare.describe(compare.environment()), fontsize=9, color="#555555")
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "demo.png"
+    figure.savefig(path, dpi=150)
+    return path
 
 
 if __name__ == "__main__":

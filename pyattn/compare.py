@@ -14,12 +14,12 @@ from torch import Tensor
 
 import pyattn
 from pyattn import dispatch, functional, measure
-from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # query, key, value, causal
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # query, key, value and the gradient of the output
 IMPLEMENTATIONS: dict[str, Attention] = {
     "pyattn": lambda q, k, v, causal: functional.attention(q, k, v, causal=causal),
     "torch SDPA": lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
@@ -66,7 +66,8 @@ class Cell:
     gflops: float | None = None
     speedup: float | None = None  # of pyattn over this implementation: median of paired ratios
     peak_extra_bytes: int | None = None  # None, too, where the system cannot tell
-    max_error: float | None = None  # of the output and, with backward, of the gradients
+    max_error: float | None = None  # of the output
+    max_gradient_error: float | None = None
 
 
 @dataclass
@@ -118,100 +119,87 @@ def steps(workload: Workload) -> int:
 def compare(workload: Workload, progress: Callable[[str], None] = lambda step: None) -> Comparison:
     """Measure every implementation at every length; ``progress`` hears of each step as it begins."""
     torch.manual_seed(0)
-    for name, attention in IMPLEMENTATIONS.items():  # no first measurement shall pay for loading code
-        progress(f"warm-up: {name}")
-        _run(attention, _inputs(workload, WARM_UP_LENGTH), workload)()
+    warm_up(workload, progress)
     cells = [cell for length in workload.lengths for cell in _measure(workload, length, progress)]
     return Comparison(workload, environment(), cells)
 
 
+def warm_up(workload: Workload, progress: Callable[[str], None] = lambda step: None) -> None:
+    """No first measurement shall pay for loading code."""
+    inputs = _inputs(workload, WARM_UP_LENGTH)
+    for name in IMPLEMENTATIONS:
+        progress(f"warm-up: {name}")
+        _run(name, inputs, workload)()
+
+
 def _measure(workload: Workload, length: int, progress: Callable[[str], None]) -> list[Cell]:
-    cuda = workload.device == "cuda"
+    cells = memory_and_error(workload, length, progress)
     inputs = _inputs(workload, length)
-    rows = measure.sample_rows(length)
-    truth = _truth(workload, inputs, rows)
-    cells, runs = {}, {}
+    runs = {cell.implementation: _run(cell.implementation, inputs, workload) for cell in cells if not cell.skipped}
+    progress(f"length {length}: time, in turns")
+    times = measure.alternate(runs, rounds=3, cuda=workload.device == "cuda")
+    flops = measure.attention_flops(*inputs[:3], causal=workload.causal, backward=workload.backward)
+    for cell in cells:
+        if cell.implementation in runs:
+            cell.seconds = times.median(cell.implementation)
+            cell.gflops = flops / cell.seconds / 1e9
+            cell.speedup = times.ratio(cell.implementation, "pyattn") if "pyattn" in runs else None
+    return cells
+
+
+def memory_and_error(
+    workload: Workload, length: int, progress: Callable[[str], None] = lambda step: None
+) -> list[Cell]:
+    """A cell of every implementation, yet without times."""
+    inputs = _inputs(workload, length)
+    truth = measure.Truth(*inputs, causal=workload.causal)
+    sampled = (*inputs[:3], truth.grad)
     cpu: Any = dispatch.load("cpu")
-    for name, attention in IMPLEMENTATIONS.items():
+    cells = []
+    for name in IMPLEMENTATIONS:
+        cell = Cell(length, name)
+        cells.append(cell)
         progress(f"length {length}: {name}, memory and error")
-        cell = cells[name] = Cell(length, name)
         if name == "pyattn":
-            cell.backend = _backends(workload, inputs)
-        cell.skipped = _does_not_fit(cell, workload, inputs)
+            chosen = functional.explain(*inputs[:3], causal=workload.causal).chosen.values()
+            cell.backend = " + ".join(str(backend) for backend in dict.fromkeys(chosen))
+        cell.skipped = _does_not_fit(cell, workload)
         if cell.skipped:
             continue
-        results, cell.peak_extra_bytes = measure.call_and_peak(
-            _run(attention, _gradient_in(rows, inputs), workload), cuda=cuda
-        )
-        if (
-            cell.backend and "cpu" in cell.backend
-        ):  # it keeps its scratch from call to call, where the system sees nothing new
-            cell.peak_extra_bytes = max(cell.peak_extra_bytes or 0, cpu.scratch_peak_bytes())
-        results = (results[0][:, :, rows], *results[1:])
-        cell.max_error = max(measure.max_error(a, b) for a, b in zip(results, truth, strict=True))
-        runs[name] = _run(attention, inputs, workload)
-    progress(f"length {length}: time, in turns")
-    times = measure.alternate(runs, rounds=3, cuda=cuda)
-    flops = measure.attention_flops(*inputs[:3], causal=workload.causal, backward=workload.backward)
-    for name in runs:
-        cells[name].seconds = times.median(name)
-        cells[name].gflops = flops / times.median(name) / 1e9
-        cells[name].speedup = times.ratio(name, "pyattn") if "pyattn" in runs else None
-    return list(cells.values())
+        run = _run(name, sampled, workload)
+        results, cell.peak_extra_bytes = measure.call_and_peak(run, cuda=workload.device == "cuda")
+        if cell.backend and "cpu" in cell.backend and cell.peak_extra_bytes is not None:
+            # It keeps its scratch from call to call, where the system sees nothing new.
+            cell.peak_extra_bytes = max(cell.peak_extra_bytes, cpu.scratch_peak_bytes())
+        cell.max_error, cell.max_gradient_error = truth.errors(*results)
+    return cells
 
 
-def _inputs(workload: Workload, length: int) -> list[Tensor]:
-    """Query, key, value and the gradient of the output."""
+def _inputs(workload: Workload, length: int) -> Inputs:
     shape = (workload.batch, workload.heads, length, workload.head_dim)
-    tensors = [torch.randn(shape, device=workload.device).to(workload.dtype) for _ in range(4)]
-    return [t.requires_grad_(workload.backward) for t in tensors[:3]] + tensors[3:]
+    query, key, value, grad = (torch.randn(shape, device=workload.device).to(workload.dtype) for _ in range(4))
+    for x in (query, key, value):
+        x.requires_grad_(workload.backward)
+    return query, key, value, grad
 
 
-def _gradient_in(rows: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """The inputs with the output's gradient zero outside ``rows``: its truth needs no other row's scores."""
-    query, key, value, grad = inputs
-    sparse = torch.zeros_like(grad)
-    sparse[:, :, rows] = grad[:, :, rows]
-    return [query, key, value, sparse]
-
-
-def _run(attention: Attention, inputs: list[Tensor], workload: Workload) -> Callable[[], tuple[Tensor, ...]]:
+def _run(name: str, inputs: Inputs, workload: Workload) -> Callable[[], tuple[Tensor, ...]]:
     """A call that gives the output and, with backward, the three gradients."""
     query, key, value, grad = inputs
 
-    def forward() -> tuple[Tensor, ...]:
-        return (attention(query, key, value, workload.causal),)
+    def forward() -> Tensor:
+        return IMPLEMENTATIONS[name](query, key, value, workload.causal)
 
-    def forward_backward() -> tuple[Tensor, ...]:
-        out = attention(query, key, value, workload.causal)
-        return out.detach(), *torch.autograd.grad(out, (query, key, value), grad)
-
-    return forward_backward if workload.backward else forward
+    if workload.backward:
+        return measure.forward_backward(forward, inputs[:3], grad)
+    return lambda: (forward(),)
 
 
-def _truth(workload: Workload, inputs: list[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
-    """In float64: the output in ``rows`` and, with backward, the gradients that come from those rows."""
-    q, k, v = (t.detach().double().requires_grad_(workload.backward) for t in inputs[:3])
-    out = measure.float64_attention(q, k, v, rows, causal=workload.causal)
-    if not workload.backward:
-        return (out,)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3][:, :, rows].double())
-
-
-def _backends(workload: Workload, inputs: list[Tensor]) -> str:
-    """Who computes pyattn's part: one name, or "cpu + reference" where forward and backward differ."""
-    spec = AttentionSpec(1.0, window_right=0 if workload.causal else None)
-    ops: tuple[Op, ...] = ("forward", "backward") if workload.backward else ("forward",)
-    chosen = [dispatch.choose(Problem.of(op, spec, AttentionTensors(*inputs[:3]))) for op in ops]
-    return " + ".join(dict.fromkeys(chosen))
-
-
-def _does_not_fit(cell: Cell, workload: Workload, inputs: list[Tensor]) -> str | None:
+def _does_not_fit(cell: Cell, workload: Workload) -> str | None:
     """Why an implementation that holds whole score matrices cannot run here; None if it can."""
-    B, H, L, _ = inputs[0].shape
-    scores = B * H * L * L  # elements of one matrix; times how many may be alive at once, and their bytes:
+    scores = workload.batch * workload.heads * cell.length**2  # elements; times matrices alive at once, times bytes:
     if cell.implementation == "naive":
-        need = scores * (6 if workload.backward else 3) * inputs[0].element_size()
+        need = scores * (6 if workload.backward else 3) * workload.dtype.itemsize
     elif cell.backend and "reference" in cell.backend:
         need = scores * (12 if workload.backward else 5) * 4  # it computes in float32
     else:
@@ -229,7 +217,8 @@ def print_table(comparison: Comparison) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("length", "", "time", "pyattn is", "extra memory", "max error"):
+    errors = ("error", "gradients") if comparison.workload.backward else ("error",)  # seven columns fill a terminal
+    for column in ("length", "", "time", "pyattn is", "memory", *errors):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for length in comparison.workload.lengths:
         for cell in (c for c in comparison.cells if c.length == length):
@@ -246,8 +235,9 @@ def _notes(comparison: Comparison) -> str:
     used = sorted({cell.backend for cell in comparison.cells if cell.backend})
     notes.append(f"pyattn's backend: {', '.join(used)}.")
     notes.append(
-        "Times are medians of alternating runs; ratios are taken run by run, then their median. Extra memory "
-        "is the peak above the start, less the results. Errors are against float64, computed for at most "
+        "Times are medians of alternating runs; ratios are taken run by run, then their median. Memory is the peak "
+        "above the start, less the results. Errors are the largest against float64, of the output"
+        f"{' and of the gradients' if comparison.workload.backward else ''}, computed for at most "
         f"{measure.TRUTH_ROWS} query rows a head and all keys."
     )
     return "\n".join(notes)
@@ -255,9 +245,10 @@ def _notes(comparison: Comparison) -> str:
 
 def _columns(cell: Cell) -> tuple[str, ...]:
     if cell.skipped or cell.seconds is None:
-        return "skipped", "", "", ""
+        return ("skipped",)
     compared = "" if cell.implementation == "pyattn" or cell.speedup is None else format_speedup(cell.speedup)
-    return format_time(cell.seconds), compared, format_bytes(cell.peak_extra_bytes), f"{cell.max_error:.1e}"
+    errors = [f"{error:.1e}" for error in (cell.max_error, cell.max_gradient_error) if error is not None]
+    return format_time(cell.seconds), compared, format_bytes(cell.peak_extra_bytes), *errors
 
 
 def format_speedup(speedup: float) -> str:
@@ -320,7 +311,7 @@ def _panel(axes: Axes, comparison: Comparison, y_label: str, value: Callable[[Ce
         skipped = [cell.length for cell in cells if cell.skipped]
         label = f"{name}\n(does not fit from {skipped[0]})" if skipped else name
         width = 2.6 if name == "pyattn" else 1.8
-        axes.plot(*zip(*points, strict=True), "o-", color=color, lw=width, ms=5, label=label)
+        axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=color, lw=width, ms=5, label=label)
     lengths = comparison.workload.lengths
     axes.set(xscale="log", yscale="log", xlabel="sequence length", ylabel=y_label)
     axes.set_xticks(lengths, [str(length) for length in lengths])

@@ -1,4 +1,4 @@
-"""How pyattn measures: speed by paired ratios, memory by its peak, error against float64.
+"""How pyattn measures: speed by paired ratios, memory by its peak, error against float64, bandwidth beside DRAM's.
 
 Ratios of two programs timed one after the other follow the machine's mood. Here the programs take turns:
 every round times each of them once, a ratio is taken within a round, the median over rounds is the answer.
@@ -15,7 +15,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,26 @@ def _wall_seconds(fn: Callable[[], Any], repeats: int) -> float:
     for _ in range(repeats):
         fn()
     return (time.perf_counter() - start) / repeats
+
+
+def forward_backward(
+    forward: Callable[[], Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that gives the output of ``forward`` and the gradients of ``inputs``."""
+
+    def run() -> tuple[Tensor, ...]:
+        out = forward()
+        return out.detach(), *torch.autograd.grad(out, inputs, grad)
+
+    return run
+
+
+def backward_alone(
+    forward: Callable[[], Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that gives the gradients only: ``forward`` runs here, once, and its graph is kept."""
+    out = forward()
+    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
 
 def _cuda_seconds(fn: Callable[[], Any], repeats: int) -> float:
@@ -152,13 +172,39 @@ def sample_rows(length: int) -> Tensor:
 
 
 def float64_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, *, causal: bool) -> Tensor:
-    """The truth for some query rows against all keys: [B, H, len(rows), Dv] in O(len(rows) * Lk) memory."""
-    scores = query[:, :, rows].double() @ key.double().mT / math.sqrt(query.shape[-1])
+    """The truth for some query rows against all keys: [B, Hq, len(rows), Dv] in O(len(rows) * Lk) memory."""
+    q, k, v = query[:, :, rows].double(), key.double(), value.double()
+    grouped = (k.shape[1], q.shape[1] // k.shape[1])  # query heads that share keys: rows of one matrix, no copy of k
+    scores = q.unflatten(1, grouped).flatten(2, 3) @ k.mT / math.sqrt(q.shape[-1])
     if causal:  # bottom-right: the last query sees the last key
         positions = rows + key.shape[2] - query.shape[2]
         future = torch.arange(key.shape[2])[None, :] > positions[:, None]
-        scores = scores.masked_fill(future.to(scores.device), -math.inf)
-    return scores.softmax(-1) @ value.double()
+        scores = scores.masked_fill(future.repeat(grouped[1], 1).to(scores.device), -math.inf)
+    return (scores.softmax(-1) @ v).unflatten(2, (grouped[1], len(rows))).flatten(1, 2)
+
+
+class Truth:
+    """float64 results for some query rows of a problem, which errors are taken against.
+
+    For inputs that require gradients these are known too, of a loss that reads those rows only: run the backward
+    with ``grad``, which is zero outside of them, and no other row's scores are needed here.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, *, causal: bool) -> None:
+        self.rows = sample_rows(query.shape[2])
+        self.grad = torch.zeros_like(grad)
+        self.grad[:, :, self.rows] = grad[:, :, self.rows]
+        q, k, v = (x.detach().double().requires_grad_(x.requires_grad) for x in (query, key, value))
+        out = float64_attention(q, k, v, self.rows, causal=causal)
+        self.out = out.detach()
+        self.gradients: tuple[Tensor, ...] = ()
+        if out.requires_grad:
+            self.gradients = torch.autograd.grad(out, (q, k, v), grad[:, :, self.rows].double())
+
+    def errors(self, out: Tensor, *gradients: Tensor) -> tuple[float, float | None]:
+        """The largest error of the output and, if there are any, of the gradients."""
+        of_gradients = [max_error(got, truth) for got, truth in zip(gradients, self.gradients, strict=True)]
+        return max_error(out[:, :, self.rows], self.out), max(of_gradients, default=None)
 
 
 def max_error(got: Tensor, truth: Tensor) -> float:
@@ -173,11 +219,49 @@ def attention_flops(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, 
     return one * (D + Dv + (3 * D + 2 * Dv if backward else 0))  # backward: S, dQ, dK of D; dP, dV of Dv
 
 
+def dram_read() -> tuple[Callable[[], Any], int]:
+    """A call that reads memory far beyond the caches, and the bytes that it reads.
+
+    Of some operations of torch this is the one that is fastest with its current number of threads; to be timed in
+    turns with what is compared to it.
+    """
+    buffer = torch.ones(max(2**28, 8 * last_level_cache_bytes()) // 4)  # ones: pages of zeros may all be one page
+    rows, doubles = buffer.view(-1, 2**13), buffer.view(torch.float64)
+    reads: dict[str, Callable[[], Any]] = {"sum": buffer.sum, "doubles": doubles.sum, "rows": lambda: rows.sum(1)}
+    times = alternate(reads, min_time=0, rounds=3)
+    return reads[min(reads, key=times.median)], buffer.nbytes
+
+
+def last_level_cache_bytes() -> int:
+    """All caches of the last level together; 0 where Linux does not tell."""
+    sizes = {}
+    for cache in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
+        level, cpus, size = ((cache / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+        sizes[int(level), cpus] = 1024 * int(size.removesuffix("K"))
+    last = max((level for level, _ in sizes), default=0)
+    return sum(size for (level, _), size in sizes.items() if level == last)
+
+
+def usable_cpus() -> set[int]:
+    """The logical CPUs that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def physical_cores() -> int:
+    """How many cores ``usable_cpus`` are, two threads of one core counted once."""
+    cpus = usable_cpus()
+    try:
+        topology = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus]
+        return len({path.read_text() for path in topology})
+    except OSError:
+        return len(cpus)
+
+
 def machine() -> dict[str, Any]:
     """What a reader must know of the machine to judge a number measured on it."""
     return {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(usable_cpus()),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
