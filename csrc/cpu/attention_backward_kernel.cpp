@@ -114,26 +114,24 @@ __attribute__((noinline)) void weights_step(const AttentionBackwardParams& p, co
       const vi in_range = (key >= load(ranges.lo + lane + j * kLanes)) & (key < load(ranges.hi + lane + j * kLanes));
       return bias ? in_range & (load(bias + (first + i) * kTileLanes + j * kLanes) != minus_inf) : in_range;
     };
-    row_products<kIsDot, kRows, kVecs>(
-        segment.k[first], segment.k.row_bytes, D, q, partial,
-        [&](const vf(&s)[kRows][kVecs]) __attribute__((always_inline)) {
+    row_products<kIsDot, kRows, kVecs>(segment.k[first], segment.k.row_bytes, D, q, partial,
+                                       [&](const vf(&s)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 6
-          for (int i = 0; i < kRows; ++i) {
+                                         for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) {
-              vf x = s[i][j] * scale - load(lse + j * kLanes);
-              if (kMasked && bias) x += load(bias + (first + i) * kTileLanes + j * kLanes);
-              vf weight = exp2(x);
-              if constexpr (kMasked) weight = visible(i, j) ? weight : vf{};
-              store(weights + i * kBlockM + j * kLanes, weight);
-#ifdef PYATTN_ISA_AVX512_BF16
-              if constexpr (kIsDot)
-                _mm256_store_si256(reinterpret_cast<__m256i*>(w.p_half + (first + i) * kBlockM + lane + j * kLanes),
-                                   (__m256i)_mm512_cvtneps_pbh(weight));
-#endif
-            }
-          }
-        });
+                                           for (int j = 0; j < kVecs; ++j) {
+                                             vf x = s[i][j] * scale - load(lse + j * kLanes);
+                                             if (kMasked && bias)
+                                               x += load(bias + (first + i) * kTileLanes + j * kLanes);
+                                             vf weight = exp2(x);
+                                             if constexpr (kMasked) weight = visible(i, j) ? weight : vf{};
+                                             store(weights + i * kBlockM + j * kLanes, weight);
+                                             if constexpr (kIsDot)
+                                               store_weights(w.p_half + (first + i) * kBlockM + lane + j * kLanes,
+                                                             weight);
+                                           }
+                                         }
+                                       });
     row_products<kIsDot, kRows, kVecs>(
         segment.v[first], segment.v.row_bytes, Dv, grad_out, partial,
         [&](const vf(&dp)[kRows][kVecs]) __attribute__((always_inline)) {
@@ -221,8 +219,8 @@ struct Block {
     const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
     pack_queries(query, p.query_stride.l, ranges.rows, D, w.q);
     pack_queries(grad_out, p.grad_out_stride.l, ranges.rows, Dv, w.grad_out);
-    pack_rows(query, p.query_stride.l, D, w.q_rows);
-    pack_rows(grad_out, p.grad_out_stride.l, Dv, w.grad_rows);
+    pack_right(query, p.query_stride.l, D, w.q_rows);
+    pack_right(grad_out, p.grad_out_stride.l, Dv, w.grad_rows);
     const int64_t row = (b * p.Hq + h) * p.Lq + first_query;
     for (int i = 0; i < ranges.live_lanes; ++i) {
       const bool live = i < ranges.rows && p.lse[row + i] != -kInf;
@@ -251,7 +249,7 @@ struct Block {
   }
 
   // The right operand of a product over queries; rows past the end are 0.
-  void pack_rows(const T* in, int64_t stride, int size, float* out) const {
+  void pack_right(const T* in, int64_t stride, int size, float* out) const {
     const int64_t row = padded(size);
     int used;
     if constexpr (kDot<T>) {

@@ -22,6 +22,7 @@ namespace {
 
 constexpr int kChunk = 1024;
 constexpr int kStep = 64;  // a bit of a word for each key
+constexpr int kFewRows = 4;
 constexpr double kLn2 = 0.69314718055994531;
 
 // An online softmax under way: maxima in log2 units, sums, and outputs not yet divided by them.
@@ -271,6 +272,16 @@ struct Head {
   }
 
   void scores(const Keys& now, const Keys& next) const {
+    if (w.rows > kFewRows)
+      scores_of_many(now, next);
+    else
+      scores_of_few(now, next);
+    for (int i = 0; i < w.rows; ++i)
+      for (int r = now.count; r % kLanes; ++r) w.s[i * kStep + r] = -kInf;
+  }
+
+  // Lanes are the elements of a head: one sum over the lanes of kLanes keys a row.
+  void scores_of_few(const Keys& now, const Keys& next) const {
     const int whole = static_cast<int>(round_up(now.count, kLanes));
     const Operand* pointers[kStep];
     const Operand* const* rows = operands(now.k, next.k, whole, p.D, w.q_row, w.k, pointers);
@@ -283,8 +294,34 @@ struct Head {
         store(w.s + i * kStep + r, key_scores(q, rows + r, w.q_row) * scale);
       }
     }
-    for (int i = 0; i < w.rows; ++i)
-      for (int r = now.count; r < whole; ++r) w.s[i * kStep + r] = -kInf;
+  }
+
+  // Lanes are keys, transposed: that costs more, but once for all rows.
+  void scores_of_many(const Keys& now, const Keys& next) const {
+    constexpr int kVecs = kTileLanes / kLanes;
+    const int D = static_cast<int>(p.D);
+    const auto row = [&](int r) __attribute__((always_inline)) {
+      prefetch(next.k[r], p.D);
+      return now.k[r];
+    };
+    pack_rows<T>(row, now.count, D, w.k);
+    const vf scale = broadcast(p.scale * kLog2e);
+    alignas(64) float partial[kMaxRows * kTileLanes];
+    const int64_t row_bytes = w.q_row * static_cast<int64_t>(sizeof(Operand));
+    for (int first = 0; first < now.count; first += kTileLanes) {
+      for_row_tiles(w.rows, [&](int i, auto rows) {
+        constexpr int kRows = rows();
+        row_products<kDot<T>, kRows, kVecs>(static_cast<const char*>(w.q) + i * row_bytes, row_bytes, D,
+                                            w.k + first * query_words<kDot<T>>(D), partial,
+                                            [&](const vf(&c)[kRows][kVecs]) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+                                              for (int n = 0; n < kRows; ++n)
+#pragma GCC unroll 4
+                                                for (int j = 0; j < kVecs; ++j)
+                                                  store(w.s + (i + n) * kStep + first + j * kLanes, c[n][j] * scale);
+                                            });
+      });
+    }
   }
 
   // Scores plus bias, -inf where masked. A masked score may have been NaN.
@@ -348,7 +385,7 @@ struct Head {
         const vf weight = exp2(load(s + r) - shift);
         sum += weight;
         store(s + r, weight);
-        if constexpr (kDot<T>) store_floats(w.half + i * kStep + r, weight);
+        if constexpr (kDot<T>) store_weights(w.half + i * kStep + r, weight);
       }
       store(w.chunk.row_sum + i * kLanes, sum);
     }

@@ -30,35 +30,38 @@ PYATTN_INLINE vf load_words(const T* row) {
     return load_floats(row);
 }
 
-// The queries of a block, transposed to [tile][word][lane]; words past the end and lanes past `rows`, up to whole
-// panels, are 0.
-template <class T>
-void pack_queries(const T* query, int64_t stride, int rows, int size, float* out) {
+// Rows of queries, or of keys in the place of queries, transposed to [tile][word][lane]; words past the end and lanes
+// past `rows`, up to whole panels, are 0. row(i) points to row i.
+template <class T, class Row>
+PYATTN_INLINE void pack_rows(const Row& row, int rows, int size, float* out) {
   constexpr int kColumns = kLanes * (kDot<T> ? 2 : 1);  // of a square block of words
   const int64_t words = query_words<kDot<T>>(size);
   for (int lane = 0; lane < round_up(rows, kPanel); lane += kLanes) {
     float* column = out + lane / kTileLanes * words * kTileLanes + lane % kTileLanes;
     for (int first = 0; first < size; first += kColumns, column += kLanes * kTileLanes) {
-      const T* in = query + lane * stride + first;
-      int64_t in_stride = stride;
-      alignas(64) T padded[kLanes * kColumns];
-      if (lane + kLanes > rows || first + kColumns > size) {
+      vf block[kLanes];
+      if (lane + kLanes <= rows && first + kColumns <= size) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = load_words(row(lane + i) + first);
+      } else {
+        alignas(64) T padded[kColumns];
         const size_t bytes = static_cast<size_t>(min_int(kColumns, size - first)) * sizeof(T);
         for (int i = 0; i < kLanes; ++i) {
-          for (int c = 0; c < kColumns; ++c) padded[i * kColumns + c] = T{};
-          if (lane + i < rows) std::memcpy(padded + i * kColumns, in + i * stride, bytes);
+          for (int c = 0; c < kColumns; ++c) padded[c] = T{};
+          if (lane + i < rows) std::memcpy(padded, row(lane + i) + first, bytes);
+          block[i] = load_words(padded);
         }
-        in = padded;
-        in_stride = kColumns;
       }
-      vf block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load_words(in + i * in_stride);
       transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(column + i * kTileLanes, block[i]);
     }
   }
+}
+
+template <class T>
+void pack_queries(const T* query, int64_t stride, int rows, int size, float* out) {
+  pack_rows<T>([=](int i) { return query + i * stride; }, rows, size, out);
 }
 
 template <class T>

@@ -30,6 +30,13 @@ PYATTN_INLINE vf multiply_add(vf c, vf a, vf b) {
   return c + a * b;
 }
 
+// Weights rounded for the dot product: as store_floats, but for subnormal numbers, which become 0.
+PYATTN_INLINE void store_weights([[maybe_unused]] bf16* p, [[maybe_unused]] vf x) {
+#ifdef PYATTN_ISA_AVX512_BF16
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+#endif
+}
+
 #ifdef PYATTN_ISA_AVX512_BF16
 // Two halves of 16 bfloat16 become 16 pairs.
 PYATTN_INLINE vf interleave(__m512i halves) {
