@@ -116,5 +116,6 @@ PYBIND11_MODULE(_native, m) {
   m.attr("BLOCK_M") = kBlockM;
   m.attr("BLOCK_N") = kBlockN;
   m.attr("DECODE_QUERIES") = kDecodeQueries;
+  m.attr("DECODE_KEYS") = kDecodeKeys;
   m.def("scratch_peak_bytes", &scratch_peak_bytes);
 }

@@ -4,6 +4,7 @@ from typing import Any
 BLOCK_M: int
 BLOCK_N: int
 DECODE_QUERIES: int
+DECODE_KEYS: int
 
 # The arguments after those named are `_arguments` of pyattn/backends/cpu.py.
 def attention_forward(isa: str, threads: int, *arguments: Any) -> None: ...

@@ -11,8 +11,9 @@ namespace pyattn {
 constexpr int kBlockM = 64;
 constexpr int kBlockN = 192;
 
-// Up to so many queries the forward is computed by attention_decode.
-constexpr int kDecodeQueries = 8;
+// The forward of so few queries against more keys is computed by attention_decode.
+constexpr int kDecodeQueries = 16;
+constexpr int kDecodeKeys = 64;
 
 constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
 
