@@ -114,70 +114,53 @@ __attribute__((noinline)) void weights_step(const AttentionBackwardParams& p, co
       const vi in_range = (key >= load(ranges.lo + lane + j * kLanes)) & (key < load(ranges.hi + lane + j * kLanes));
       return bias ? in_range & (load(bias + (first + i) * kTileLanes + j * kLanes) != minus_inf) : in_range;
     };
-    row_products<kIsDot, kRows, kVecs>(segment.k[first], segment.k.row_bytes, D, q, partial,
-                                       [&](const vf(&s)[kRows][kVecs]) __attribute__((always_inline)) {
+    const auto store_p = [&](const vf(&s)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 6
-                                         for (int i = 0; i < kRows; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-                                           for (int j = 0; j < kVecs; ++j) {
-                                             vf x = s[i][j] * scale - load(lse + j * kLanes);
-                                             if (kMasked && bias)
-                                               x += load(bias + (first + i) * kTileLanes + j * kLanes);
-                                             vf weight = exp2(x);
-                                             if constexpr (kMasked) weight = visible(i, j) ? weight : vf{};
-                                             store(weights + i * kBlockM + j * kLanes, weight);
-                                             if constexpr (kIsDot)
-                                               store_weights(w.p_half + (first + i) * kBlockM + lane + j * kLanes,
-                                                             weight);
-                                           }
-                                         }
-                                       });
-    row_products<kIsDot, kRows, kVecs>(
-        segment.v[first], segment.v.row_bytes, Dv, grad_out, partial,
-        [&](const vf(&dp)[kRows][kVecs]) __attribute__((always_inline)) {
-          vf ds[kRows][kVecs];
+        for (int j = 0; j < kVecs; ++j) {
+          vf x = s[i][j] * scale - load(lse + j * kLanes);
+          if (kMasked && bias) x += load(bias + (first + i) * kTileLanes + j * kLanes);
+          vf weight = exp2(x);
+          if constexpr (kMasked) weight = visible(i, j) ? weight : vf{};
+          store(weights + i * kBlockM + j * kLanes, weight);
+          if constexpr (kIsDot) store_weights(w.p_half + (first + i) * kBlockM + lane + j * kLanes, weight);
+        }
+      }
+    };
+    const auto store_ds = [&](const vf(&dp)[kRows][kVecs]) __attribute__((always_inline)) {
+      vf ds[kRows][kVecs];
 #pragma GCC unroll 6
-          for (int i = 0; i < kRows; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) {
-              ds[i][j] = load(weights + i * kBlockM + j * kLanes) * (dp[i][j] - load(delta + j * kLanes));
-              if constexpr (kMasked) ds[i][j] = visible(i, j) ? ds[i][j] : vf{};
-            }
-          }
+        for (int j = 0; j < kVecs; ++j) {
+          ds[i][j] = load(weights + i * kBlockM + j * kLanes) * (dp[i][j] - load(delta + j * kLanes));
+          if constexpr (kMasked) ds[i][j] = visible(i, j) ? ds[i][j] : vf{};
           if (kMasked && grad_bias) {
-#pragma GCC unroll 6
-            for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-              for (int j = 0; j < kVecs; ++j) {
-                float* sum = grad_bias + (first + i) * kBlockM + lane + j * kLanes;
-                store(sum, load(sum) + ds[i][j]);
-              }
-            }
+            float* sum = grad_bias + (first + i) * kBlockM + lane + j * kLanes;
+            store(sum, load(sum) + ds[i][j]);
           }
-          if constexpr (!kIsDot) {
-#pragma GCC unroll 6
-            for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-              for (int j = 0; j < kVecs; ++j) store(w.ds + (first + i) * kBlockM + lane + j * kLanes, ds[i][j]);
-          }
+          if constexpr (!kIsDot) store(w.ds + (first + i) * kBlockM + lane + j * kLanes, ds[i][j]);
+        }
+      }
 #ifdef PYATTN_ISA_AVX512_BF16
-          if constexpr (kIsDot) {
 #pragma GCC unroll 6
-            for (int i = 0; i < kRows; i += 2) {
+      for (int i = 0; kIsDot && i < kRows; i += 2) {
 #pragma GCC unroll 4
-              for (int j = 0; j < kVecs; ++j) {
-                const vf second = i + 1 < kRows ? ds[i + 1 < kRows ? i + 1 : i][j] : vf{};
-                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, ds[i][j]);
-                bf16* half = w.ds_half + (first + i) * kBlockM + lane + j * kLanes;
-                _mm256_store_si256(reinterpret_cast<__m256i*>(half), _mm512_castsi512_si256(both));
-                if (i + 1 < kRows)
-                  _mm256_store_si256(reinterpret_cast<__m256i*>(half + kBlockM), _mm512_extracti64x4_epi64(both, 1));
-                store(w.ds + (first + i) / 2 * kBlockM + lane + j * kLanes, interleave(both));
-              }
-            }
-          }
+        for (int j = 0; j < kVecs; ++j) {
+          const vf second = i + 1 < kRows ? ds[i + 1 < kRows ? i + 1 : i][j] : vf{};
+          const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, ds[i][j]);
+          bf16* half = w.ds_half + (first + i) * kBlockM + lane + j * kLanes;
+          _mm256_store_si256(reinterpret_cast<__m256i*>(half), _mm512_castsi512_si256(both));
+          if (i + 1 < kRows)
+            _mm256_store_si256(reinterpret_cast<__m256i*>(half + kBlockM), _mm512_extracti64x4_epi64(both, 1));
+          store(w.ds + (first + i) / 2 * kBlockM + lane + j * kLanes, interleave(both));
+        }
+      }
 #endif
-        });
+    };
+    row_products<kIsDot, kRows, kVecs>(segment.k[first], segment.k.row_bytes, D, q, partial, store_p);
+    row_products<kIsDot, kRows, kVecs>(segment.v[first], segment.v.row_bytes, Dv, grad_out, partial, store_ds);
   });
 }
 

@@ -2,15 +2,17 @@
 //
 // The queries of all query heads that share a key head are the `rows`, so each key and value is read from memory once.
 // The keys are split into chunks of kChunk; the chunks of a head are merged by their maxima and sums in rising order,
-// whoever computes them (pipeline.h): the bits do not depend on the number of threads. Within a chunk, kStep keys at a
-// time:
+// whoever computes them (pipeline.h): the bits do not depend on the number of threads. A chunk is three passes, so that
+// memory sees two long streams, of keys and of values:
 //
-//   scores    lanes are the elements of a head: kLanes keys by one row, then the sums over the lanes of all of them
-//   softmax   online, as in the forward
-//   output    lanes are the elements of a value: kMaxRows rows by 4 vectors in registers
+//   scores    for few rows lanes are the elements of a head: kLanes keys by one row, then the sums over the lanes of
+//   all
+//             of them; for more, lanes are keys, transposed as the forward transposes queries
+//   softmax   of the whole chunk
+//   outputs   lanes are the elements of a value: kMaxRows rows by 4 vectors in registers
 //
-// Keys are addressed one by one, so pages (block_table) are read where they lie. What is not made of whole vectors of
-// floats, or of bfloat16 for the dot product, is converted or padded a step at a time.
+// Keys and values are taken kStep at a time and addressed one by one, so pages (block_table) are read where they lie.
+// What is not made of whole vectors of floats, or of bfloat16 for the dot product, is converted or padded first.
 #include <cmath>
 
 #include "../pipeline.h"
@@ -21,8 +23,9 @@ namespace pyattn::PYATTN_ISA {
 namespace {
 
 constexpr int kChunk = 1024;
-constexpr int kStep = 64;  // a bit of a word for each key
-constexpr int kFewRows = 4;
+constexpr int kStep = 64;
+constexpr int kRow = kChunk + 2 * kPanel;  // of scores: rows a power of two apart would share a set of the cache
+constexpr int kFewRows = 4;                // up to so many, transposing the keys costs more than it saves
 constexpr double kLn2 = 0.69314718055994531;
 
 // An online softmax under way: maxima in log2 units, sums, and outputs not yet divided by them.
@@ -37,11 +40,10 @@ struct Workspace {
   int64_t q_row;     // elements of a row of q: D in whole vectors
   int64_t o_row;     // floats of a row of the output: Dv in whole vectors
   void* q;           // [rows][q_row]: the queries, padded with zeros
-  float* s;          // [rows][kStep]: scores, then weights
-  bf16* half;        // [rows][kStep]: the weights, with the dot product
+  float* s;          // [rows][kRow]: scores, then weights
+  bf16* half;        // [rows][kRow]: the weights, with the dot product
   float* k;          // [kStep][q_row]: keys converted to float, or padded
   float* v;          // [kStep][o_row]: values converted to float, or padded
-  uint64_t* live;    // [rows]: the keys that a row sees, where some value is not finite
   void* zeros;       // stands for a row that must not be read
   int32_t *lo, *hi;  // [rows]: the key range of each row
   Partial chunk;
@@ -54,11 +56,10 @@ struct Workspace {
     o_row = round_up(p.Dv, dot ? 2 * kLanes : kLanes);
     Carver carver(base);
     q = carver.take<float>(rows * q_row);
-    s = carver.take<float>(rows * kStep);
-    half = carver.take<bf16>(dot ? rows * kStep : 0);
+    s = carver.take<float>(rows * kRow);
+    half = carver.take<bf16>(dot ? rows * kRow : 0);
     k = carver.take<float>(kStep * q_row);
     v = carver.take<float>(kStep * o_row);
-    live = carver.take<uint64_t>(rows);
     zeros = carver.take<float>(q_row > o_row ? q_row : o_row);
     lo = carver.take<int32_t>(rows);
     hi = carver.take<int32_t>(rows);
@@ -97,7 +98,7 @@ struct Workspace {
     return largest;
   }
 
-  // head += chunk
+  // sums += chunk
   void merge(const Partial& sums) const {
     for (int i = 0; i < rows; ++i) {
       const vf factor = broadcast(std::exp2(chunk.row_max[i] - raise_maximum(sums, i, chunk.row_max[i])));
@@ -168,11 +169,10 @@ template <class T>
 struct Head {
   using Operand = std::conditional_t<kDot<T>, bf16, float>;  // what products are made of
 
-  // The keys and values of one step.
-  struct Keys {
-    int64_t first;
+  // The keys, or the values, of one step.
+  struct Step {
     int count;
-    const T *k[kStep], *v[kStep];
+    const T* rows[kStep];
   };
 
   const AttentionParams& p;
@@ -208,38 +208,43 @@ struct Head {
       w.hi[i] = static_cast<int32_t>(range.hi);
     }
     w.clear(w.chunk);
-    const int64_t last = first + kChunk < end ? first + kChunk : end;
-    Keys steps[2];
-    locate(first, last, steps[0]);
-    for (int n = 0; steps[n].count > 0; n ^= 1) {
-      locate(steps[n].first + steps[n].count, last, steps[n ^ 1]);
-      step(steps[n], steps[n ^ 1]);
-    }
+    const int count = min_int(kChunk, end - first);
+    for_steps(keys, first, count, [&](int at, Step& now, const Step& next) {
+      scores(at, now, next);
+      if (masked(first + at, now.count)) mask_scores(first, at, now.count);
+    });
+    weights(count);
+    for_steps(values, first, count, [&](int at, Step& now, const Step& next) {
+      const bool hides = masked(first + at, now.count) && hide(now);
+      outputs(at, now, next);
+      if (hides) add_hidden(first, at, now);
+    });
     return true;
   }
 
-  // Up to kStep keys from `first` on.
-  void locate(int64_t first, int64_t last, Keys& at) const {
-    at.first = first;
-    at.count = first < last ? min_int(kStep, last - first) : 0;
-    keys.for_each(first, at.count, [&](int r, const T* row) { at.k[r] = row; });
-    values.for_each(first, at.count, [&](int r, const T* row) { at.v[r] = row; });
-    // What stands past the end is computed with, but not used, or only asked for.
-    for (int r = at.count; r < kStep; ++r) at.k[r] = at.v[r] = static_cast<const T*>(w.zeros);
+  // Calls visit(position in the chunk, this step, the next step) for the steps of a chunk.
+  template <class Visit>
+  void for_steps(const KeyRows<T>& from, int64_t first, int count, const Visit& visit) const {
+    Step steps[2];
+    locate(from, first, 0, count, steps[0]);
+    for (int at = 0, now = 0; at < count; at += kStep, now ^= 1) {
+      locate(from, first, at + kStep, count, steps[now ^ 1]);
+      visit(at, steps[now], steps[now ^ 1]);
+    }
   }
 
-  void step(Keys& now, const Keys& next) const {
-    scores(now, next);
-    bool masked = p.mask != nullptr;
-    for (int i = 0; i < p.Lq; ++i) masked |= w.lo[i] > now.first || w.hi[i] < now.first + now.count;
-    uint64_t hidden = 0;
-    if (masked) {
-      mask_scores(now.first, now.count);
-      hidden = hide(now.v, now.count);
-    }
-    weights(now.count);
-    outputs(now, next);
-    if (hidden) add_hidden(now.first, hidden);
+  // What stands past the end is computed with, but not used, or only asked for.
+  void locate(const KeyRows<T>& from, int64_t first, int at, int count, Step& step) const {
+    step.count = at < count ? min_int(kStep, count - at) : 0;
+    from.for_each(first + at, step.count, [&](int r, const T* row) { step.rows[r] = row; });
+    for (int r = step.count; r < kStep; ++r) step.rows[r] = static_cast<const T*>(w.zeros);
+  }
+
+  // Whether some row may not see some of the keys.
+  bool masked(int64_t first, int count) const {
+    bool any = p.mask != nullptr;
+    for (int i = 0; i < p.Lq; ++i) any |= w.lo[i] > first || w.hi[i] < first + count;
+    return any;
   }
 
   // Inlined, or the compiler takes it for a function without an effect.
@@ -271,38 +276,38 @@ struct Head {
     for (int64_t e = size; e < padded; ++e) copy[e] = Operand{};
   }
 
-  void scores(const Keys& now, const Keys& next) const {
+  void scores(int at, const Step& now, const Step& next) const {
     if (w.rows > kFewRows)
-      scores_of_many(now, next);
+      scores_of_many(now, next, w.s + at);
     else
-      scores_of_few(now, next);
+      scores_of_few(now, next, w.s + at);
     for (int i = 0; i < w.rows; ++i)
-      for (int r = now.count; r % kLanes; ++r) w.s[i * kStep + r] = -kInf;
+      for (int r = now.count; r % kLanes; ++r) w.s[i * kRow + at + r] = -kInf;
   }
 
   // Lanes are the elements of a head: one sum over the lanes of kLanes keys a row.
-  void scores_of_few(const Keys& now, const Keys& next) const {
+  void scores_of_few(const Step& now, const Step& next, float* s) const {
     const int whole = static_cast<int>(round_up(now.count, kLanes));
     const Operand* pointers[kStep];
-    const Operand* const* rows = operands(now.k, next.k, whole, p.D, w.q_row, w.k, pointers);
+    const Operand* const* rows = operands(now.rows, next.rows, whole, p.D, w.q_row, w.k, pointers);
     const vf scale = broadcast(p.scale * kLog2e);
     for (int r = 0; r < whole; r += kLanes) {
       const Operand* q = static_cast<const Operand*>(w.q);
       for (int i = 0, asked = 0; i < w.rows; ++i, q += w.q_row) {
         // A few rows at a time: many at once would hold up the loads of this step.
-        for (; rows != pointers && asked < (i + 1) * kLanes / w.rows; ++asked) prefetch(next.k[r + asked], p.D);
-        store(w.s + i * kStep + r, key_scores(q, rows + r, w.q_row) * scale);
+        for (; rows != pointers && asked < (i + 1) * kLanes / w.rows; ++asked) prefetch(next.rows[r + asked], p.D);
+        store(s + i * kRow + r, key_scores(q, rows + r, w.q_row) * scale);
       }
     }
   }
 
   // Lanes are keys, transposed: that costs more, but once for all rows.
-  void scores_of_many(const Keys& now, const Keys& next) const {
+  void scores_of_many(const Step& now, const Step& next, float* s) const {
     constexpr int kVecs = kTileLanes / kLanes;
     const int D = static_cast<int>(p.D);
     const auto row = [&](int r) __attribute__((always_inline)) {
-      prefetch(next.k[r], p.D);
-      return now.k[r];
+      prefetch(next.rows[r], p.D);
+      return now.rows[r];
     };
     pack_rows<T>(row, now.count, D, w.k);
     const vf scale = broadcast(p.scale * kLog2e);
@@ -311,28 +316,32 @@ struct Head {
     for (int first = 0; first < now.count; first += kTileLanes) {
       for_row_tiles(w.rows, [&](int i, auto rows) {
         constexpr int kRows = rows();
-        row_products<kDot<T>, kRows, kVecs>(static_cast<const char*>(w.q) + i * row_bytes, row_bytes, D,
-                                            w.k + first * query_words<kDot<T>>(D), partial,
-                                            [&](const vf(&c)[kRows][kVecs]) __attribute__((always_inline)) {
+        const auto scale_and_store = [&](const vf(&c)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 6
-                                              for (int n = 0; n < kRows; ++n)
+          for (int n = 0; n < kRows; ++n)
 #pragma GCC unroll 4
-                                                for (int j = 0; j < kVecs; ++j)
-                                                  store(w.s + (i + n) * kStep + first + j * kLanes, c[n][j] * scale);
-                                            });
+            for (int j = 0; j < kVecs; ++j) store(s + (i + n) * kRow + first + j * kLanes, c[n][j] * scale);
+        };
+        row_products<kDot<T>, kRows, kVecs>(static_cast<const char*>(w.q) + i * row_bytes, row_bytes, D,
+                                            w.k + first * query_words<kDot<T>>(D), partial, scale_and_store);
       });
     }
   }
 
+  // Calls f with the mask's elements for row i from key `first` on.
+  template <class F>
+  void with_mask(int i, int64_t first, const F& f) const {
+    const int64_t offset = b * p.mask_stride_b + (first_head + i / p.Lq) * p.mask_stride_h +
+                           i % p.Lq * p.mask_stride_q + first * p.mask_stride_k;
+    with_mask_dtype(p.mask_dtype, [&](auto element) { f(static_cast<const decltype(element)*>(p.mask) + offset); });
+  }
+
   // Scores plus bias, -inf where masked. A masked score may have been NaN.
-  void mask_scores(int64_t first, int count) const {
+  void mask_scores(int64_t first, int at, int count) const {
     for (int i = 0; i < w.rows; ++i) {
-      float* s = w.s + i * kStep;
+      float* s = w.s + i * kRow + at;
       if (p.mask) {
-        const int64_t offset = b * p.mask_stride_b + (first_head + i / p.Lq) * p.mask_stride_h +
-                               i % p.Lq * p.mask_stride_q + first * p.mask_stride_k;
-        with_mask_dtype(p.mask_dtype, [&](auto element) {
-          const auto* mask = static_cast<const decltype(element)*>(p.mask) + offset;
+        with_mask(i, first + at, [&](const auto* mask) {
           for (int r = 0; r < count; ++r) {
             const float bias = bias_of(mask[r * p.mask_stride_k]);
             s[r] = bias == -kInf ? bias : s[r] + bias;
@@ -340,66 +349,64 @@ struct Head {
         });
       }
       for (int r = 0; r < count; ++r)
-        if (first + r < w.lo[i] || first + r >= w.hi[i]) s[r] = -kInf;
+        if (first + at + r < w.lo[i] || first + at + r >= w.hi[i]) s[r] = -kInf;
     }
   }
 
-  // 0 * NaN is NaN: puts zeros in the place of values that are not finite, and returns which these are.
-  uint64_t hide(const T** v_rows, int count) const {
-    uint64_t hidden = 0;
-    for (int r = 0; r < count; ++r) {
-      int any = 0;
-      for (int e = 0; e < p.Dv; ++e) any |= not_finite(v_rows[r][e]);
-      if (!any) continue;
-      hidden |= uint64_t{1} << r;
-      v_rows[r] = static_cast<const T*>(w.zeros);
+  // 0 * NaN is NaN: puts zeros in the place of values that are not finite; false if there are none.
+  bool hide(Step& now) const {
+    bool any = false;
+    for (int r = 0; r < now.count; ++r) {
+      int hides = 0;
+      for (int e = 0; e < p.Dv; ++e) hides |= not_finite(now.rows[r][e]);
+      if (hides) now.rows[r] = static_cast<const T*>(w.zeros);
+      any |= hides != 0;
     }
-    for (int i = 0; hidden && i < w.rows; ++i) {
-      w.live[i] = 0;
-      for (int r = 0; r < count; ++r) w.live[i] |= uint64_t{w.s[i * kStep + r] != -kInf} << r;
-    }
-    return hidden;
+    return any;
   }
 
   // Adds them for the rows that do see them.
-  void add_hidden(int64_t first, uint64_t hidden) const {
-    for (int r = 0; r < kStep; ++r) {
-      if (!(hidden >> r & 1)) continue;
-      values.for_each(first + r, 1, [&](int, const T* value) {
-        for (int i = 0; i < w.rows; ++i)
-          for (int e = 0; e < p.Dv && (w.live[i] >> r & 1); ++e)
-            w.chunk.o[i * w.o_row + column<T>(e)] += w.s[i * kStep + r] * to_float(value[e]);
-      });
-    }
+  void add_hidden(int64_t first, int at, const Step& now) const {
+    values.for_each(first + at, now.count, [&](int r, const T* value) {
+      if (now.rows[r] == value) return;
+      const int64_t key = first + at + r;
+      for (int i = 0; i < w.rows; ++i) {
+        bool live = key >= w.lo[i] && key < w.hi[i];
+        if (p.mask) with_mask(i, key, [&](const auto* mask) { live = live && bias_of(*mask) != -kInf; });
+        for (int e = 0; live && e < p.Dv; ++e)
+          w.chunk.o[i * w.o_row + column<T>(e)] += w.s[i * kRow + at + r] * to_float(value[e]);
+      }
+    });
   }
 
   // Scores to weights 2^(score - maximum), in place and, with the dot product, in `half`.
   void weights(int count) const {
     for (int i = 0; i < w.rows; ++i) {
-      float* s = w.s + i * kStep;
-      vf largest = load(s);
+      float* s = w.s + i * kRow;
+      vf largest = load(s), sum = {};
       for (int r = kLanes; r < count; r += kLanes) largest = max(largest, load(s + r));
       const vf shift = broadcast(w.raise_maximum(w.chunk, i, max_lane(largest)));
-      vf sum = load(w.chunk.row_sum + i * kLanes);
       for (int r = 0; r < count; r += kLanes) {
         const vf weight = exp2(load(s + r) - shift);
         sum += weight;
         store(s + r, weight);
-        if constexpr (kDot<T>) store_weights(w.half + i * kStep + r, weight);
+        if constexpr (kDot<T>) store_weights(w.half + i * kRow + r, weight);
       }
       store(w.chunk.row_sum + i * kLanes, sum);
     }
   }
 
-  void outputs(const Keys& now, const Keys& next) const {
+  void outputs(int at, const Step& now, const Step& next) const {
     const int words = kDot<T> ? (now.count + 1) / 2 : now.count;
     const Operand* pointers[kStep];
-    const Operand* const* rows = operands(now.v, next.v, kDot<T> ? 2 * words : words, p.Dv, w.o_row, w.v, pointers);
+    const Operand* const* rows =
+        operands(now.rows, next.rows, kDot<T> ? 2 * words : words, p.Dv, w.o_row, w.v, pointers);
     const Operand* const* coming = rows;
     if constexpr (std::is_same_v<T, Operand>)
-      if (rows != pointers) coming = next.v;
-    const char* weights = kDot<T> ? reinterpret_cast<const char*>(w.half) : reinterpret_cast<const char*>(w.s);
-    add_products<kDot<T>>(weights, kStep * static_cast<int64_t>(sizeof(Operand)), w.rows,
+      if (rows != pointers) coming = next.rows;
+    const char* weights =
+        kDot<T> ? reinterpret_cast<const char*>(w.half + at) : reinterpret_cast<const char*>(w.s + at);
+    add_products<kDot<T>>(weights, kRow * static_cast<int64_t>(sizeof(Operand)), w.rows,
                           Values<Operand>{rows, coming, 0}, words, w.chunk.o, w.o_row,
                           static_cast<int>(w.o_row / kLanes));
   }

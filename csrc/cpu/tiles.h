@@ -155,18 +155,18 @@ PYATTN_INLINE void row_products(const char* a, int64_t a_row, int size, const fl
 template <bool kIsDot, int kRows, int kVecs>
 PYATTN_INLINE void score_tile(const char* k, int64_t k_row, int size, const float* q, float scale, float* s,
                               vf (&largest)[kVecs]) {
-  row_products<kIsDot, kRows, kVecs>(k, k_row, size, q, s,
-                                     [&](const vf(&c)[kRows][kVecs]) __attribute__((always_inline)) {
+  const auto scale_and_store = [&](const vf(&c)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 6
-                                       for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-                                         for (int j = 0; j < kVecs; ++j) {
-                                           const vf x = c[i][j] * broadcast(scale);
-                                           largest[j] = max(largest[j], x);
-                                           store(s + i * kTileLanes + j * kLanes, x);
-                                         }
-                                       }
-                                     });
+      for (int j = 0; j < kVecs; ++j) {
+        const vf x = c[i][j] * broadcast(scale);
+        largest[j] = max(largest[j], x);
+        store(s + i * kTileLanes + j * kLanes, x);
+      }
+    }
+  };
+  row_products<kIsDot, kRows, kVecs>(k, k_row, size, q, s, scale_and_store);
 }
 
 // o[i][lane] = o[i][lane] * alpha[lane] + sum over key rows of v[row][i] * p[row][lane]
