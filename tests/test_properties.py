@@ -211,6 +211,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(engine, through, case, dtyp
 
 @given(decodes(), DTYPE, SEEDS, st.sampled_from([1, 2, 3, 5, 16, 100]))
 def test_pages_do_not_change_the_bits_of_a_decode(engine, case, dtype, seed, page_size):
+    assume(case.Lk > 64)  # with fewer keys than that, and no pages, a kernel may take the way of many queries
     kwargs = make_inputs(case, dtype, seed=seed)
     assert_same_bits(engine.results(to_pages(kwargs, page_size, seed=seed)), engine.results(kwargs))
 

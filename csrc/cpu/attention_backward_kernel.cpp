@@ -286,19 +286,6 @@ PYATTN_INLINE void call_add_query_gradient(int panels, const AttentionBackwardPa
     call_add_query_gradient<kIsDot, kPanels - 1>(panels, p, w, keys, count, lane);
 }
 
-// A key that is not finite has scores that are not: where dS is 0 it was masked.
-template <class T>
-void add_hidden_keys(const AttentionBackwardParams& p, const Workspace& w, HiddenRows& hidden, const T* key, int lane,
-                     int lanes) {
-  for (int n = 0; n < hidden.count; ++n) {
-    hidden.live[n] = 0;
-    for (int i = 0; i < lanes; ++i)
-      hidden.live[n] |= uint64_t{HiddenRows::weight<T>(w.ds + lane, kBlockM, hidden.row[n], i) != 0} << i;
-  }
-  float* sums = w.grad_query + lane / kTileLanes * padded(p.D) * kTileLanes + lane % kTileLanes;
-  hidden.add(key, p.key_stride.l, static_cast<int>(p.D), w.ds + lane, kBlockM, lanes, sums);
-}
-
 // What the blocks of one key head share.
 struct HeadSums {
   float *key, *value;    // [Lk][padded]: the gradients
@@ -321,11 +308,12 @@ void backward_block(const Block<T>& block, const HeadSums& sums, const Turn& tur
 
     const float* ready = kDot<T> ? sums.k_pairs + first / 2 * D : w.k;
     const T* key = block.key + first * p.key_stride.l;
+    // Hidden keys need not be added: their scores are not finite, so the dS of a query that sees one is NaN, and times
+    // 0.
     keys.stage(key, p.key_stride.l, count, D, segment.masked, ready, w.k, w.k_finite);
     for (int begin = lane; begin < end;) {
       const int tile_end = min_int(begin / kTileLanes * kTileLanes + kTileLanes, end);
       call_add_query_gradient<kDot<T>>((tile_end - begin) / kPanel, p, w, keys, count, begin);
-      if (keys.hidden.count > 0) add_hidden_keys<T>(p, w, keys.hidden, key, begin, tile_end - begin);
       begin = tile_end;
     }
 

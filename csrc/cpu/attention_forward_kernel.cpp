@@ -217,7 +217,8 @@ void attention_forward(const AttentionParams& p, int threads) {
   const double pairs = 2.0 * static_cast<double>(p.Lk * (p.D + p.Dv));
   const double flops = pairs * static_cast<double>(p.B * p.Hq * p.Lq), reads = pairs * static_cast<double>(p.B * p.Hkv);
   if (flops < 5e6 && reads < 1e6) threads = 1;
-  if (p.Lq <= kDecodeQueries && p.Lk > kDecodeKeys) return attention_decode(p, threads);
+  // Of pages the number says nothing of the length: other samples of the batch may need them.
+  if (p.Lq <= kDecodeQueries && (p.Lk > kDecodeKeys || p.block_table)) return attention_decode(p, threads);
   switch (p.dtype) {
     case DType::f32:
       return forward<float>(p, threads);

@@ -11,7 +11,7 @@ namespace pyattn {
 constexpr int kBlockM = 64;
 constexpr int kBlockN = 192;
 
-// The forward of so few queries against more keys is computed by attention_decode.
+// The forward of so few queries against more keys than these, or against pages, is computed by attention_decode.
 constexpr int kDecodeQueries = 16;
 constexpr int kDecodeKeys = 64;
 

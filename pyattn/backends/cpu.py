@@ -106,8 +106,9 @@ def describe(problem: Problem) -> str:
     how = f"tiles of {_native.BLOCK_M} queries x {_native.BLOCK_N} keys"
     if problem.op == "backward":
         how = f"blocks of {_native.BLOCK_M} queries"
-    elif problem.query_length <= _native.DECODE_QUERIES and problem.key_length > _native.DECODE_KEYS:
-        how = "keys split into chunks"
+    elif problem.query_length <= _native.DECODE_QUERIES:
+        if problem.key_length > _native.DECODE_KEYS or problem.has("block_table"):
+            how = "keys split into chunks"
     return f"{_isa}, {how}, {torch.get_num_threads()} threads"
 
 
