@@ -8,7 +8,8 @@ namespace pyattn {
 // At least `bytes` of this thread's scratch, aligned to 64. Invalidates what the thread was given before.
 void* thread_scratch(size_t bytes);
 
-// The largest total over all threads since the last reset, in bytes.
+// The most that all threads together have asked for since the last reset, in bytes; no kernel may be running at a
+// reset.
 int64_t scratch_peak_bytes(bool reset);
 
 // Carves typed arrays out of one block: lay out twice, first to measure (base null), then for real.

@@ -76,7 +76,7 @@ def peak_gflops(dtype: torch.dtype, threads: int = 1) -> float:
 
 
 def scratch_peak_bytes(reset: bool = False) -> int:
-    """The most scratch memory that all threads have held together since the last reset."""
+    """The most scratch memory that all threads together have asked for since the last reset."""
     return _native.scratch_peak_bytes(reset)
 
 
