@@ -103,12 +103,14 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def describe(problem: Problem) -> str:
-    how = f"tiles of {_native.BLOCK_M} queries x {_native.BLOCK_N} keys"
+    paged = problem.has("block_table")
+    few_queries = problem.query_length <= _native.DECODE_QUERIES
     if problem.op == "backward":
         how = f"blocks of {_native.BLOCK_M} queries"
-    elif problem.query_length <= _native.DECODE_QUERIES:
-        if problem.key_length > _native.DECODE_KEYS or problem.has("block_table"):
-            how = "keys split into chunks"
+    elif few_queries and (paged or problem.key_length > _native.DECODE_KEYS):
+        how = "keys split into chunks"
+    else:
+        how = f"tiles of {_native.BLOCK_M} queries x {_native.BLOCK_N} keys"
     return f"{_isa}, {how}, {torch.get_num_threads()} threads"
 
 
