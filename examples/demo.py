@@ -34,7 +34,7 @@ from rich import box, progress  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-CONTEXTS, TOKENS_PER_STEP, LEARNING_RATE, WARM_UP_STEPS = (512, 2048), 2048, 4e-3, 20
+CONTEXTS, TOKENS_PER_STEP, LEARNING_RATE, WARM_UP_STEPS = (512, 2048), 2048, 1e-3, 20
 SIZE = {"dim": 96, "depth": 3, "heads": 3}
 COMPARED = ("naive", "pyattn")
 COLORS = {name: compare.COLORS["torch SDPA" if name == "torch" else name] for name in ATTENTION}

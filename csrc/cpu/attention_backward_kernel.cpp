@@ -440,16 +440,7 @@ void attention_backward(const AttentionBackwardParams& p, int threads) {
   // Waking a thread costs more than it brings below some 100 microseconds of work.
   const double flops = 2.0 * static_cast<double>(p.B * p.Hq * p.Lq) * static_cast<double>(p.Lk * (3 * p.D + 2 * p.Dv));
   if (flops < 5e6) threads = 1;
-  switch (p.dtype) {
-    case DType::f32:
-      return gradients<float>(p, threads);
-    case DType::bf16:
-      return gradients<bf16>(p, threads);
-    case DType::f16:
-      return gradients<f16>(p, threads);
-    case DType::boolean:
-      return;
-  }
+  with_dtype(p.dtype, [&](auto element) { gradients<decltype(element)>(p, threads); });
 }
 
 }  // namespace pyattn::PYATTN_ISA

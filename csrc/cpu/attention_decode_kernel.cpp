@@ -443,16 +443,7 @@ void decode(const AttentionParams& p, int threads) {
 }  // namespace
 
 void attention_decode(const AttentionParams& p, int threads) {
-  switch (p.dtype) {
-    case DType::f32:
-      return decode<float>(p, threads);
-    case DType::bf16:
-      return decode<bf16>(p, threads);
-    case DType::f16:
-      return decode<f16>(p, threads);
-    case DType::boolean:
-      return;
-  }
+  with_dtype(p.dtype, [&](auto element) { decode<decltype(element)>(p, threads); });
 }
 
 }  // namespace pyattn::PYATTN_ISA

@@ -219,16 +219,7 @@ void attention_forward(const AttentionParams& p, int threads) {
   if (flops < 5e6 && reads < 1e6) threads = 1;
   // Of pages the number says nothing of the length: other samples of the batch may need them.
   if (p.Lq <= kDecodeQueries && (p.Lk > kDecodeKeys || p.block_table)) return attention_decode(p, threads);
-  switch (p.dtype) {
-    case DType::f32:
-      return forward<float>(p, threads);
-    case DType::bf16:
-      return forward<bf16>(p, threads);
-    case DType::f16:
-      return forward<f16>(p, threads);
-    case DType::boolean:
-      return;
-  }
+  with_dtype(p.dtype, [&](auto element) { forward<decltype(element)>(p, threads); });
 }
 
 }  // namespace pyattn::PYATTN_ISA

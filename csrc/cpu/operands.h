@@ -15,6 +15,19 @@ constexpr float kMinBias = -2.3e38f;  // finite biases are clamped here: times l
 template <class T>
 constexpr bool kDot = kHasBf16Dot && std::is_same_v<T, bf16>;
 
+// Calls f with a value of the element type.
+template <class F>
+PYATTN_INLINE void with_dtype(DType dtype, const F& f) {
+  if (dtype == DType::f32) f(float{});
+  if (dtype == DType::bf16) f(bf16{});
+  if (dtype == DType::f16) f(f16{});
+}
+template <class F>
+PYATTN_INLINE void with_mask_dtype(DType dtype, const F& f) {
+  if (dtype == DType::boolean) return f(bool{});
+  with_dtype(dtype, f);
+}
+
 // Words of a transposed query: floats, or pairs of bfloat16. Whole vectors of them, so that transposes need no end.
 template <bool kIsDot>
 PYATTN_INLINE int64_t query_words(int64_t D) {
@@ -144,21 +157,6 @@ PYATTN_INLINE float bias_of(M x) {
   return bias == -kInf ? bias : (bias < kMinBias ? kMinBias : bias) * kLog2e;
 }
 PYATTN_INLINE float bias_of(bool attend) { return attend ? 0.f : -kInf; }
-
-// Calls f with a value of the mask's element type.
-template <class F>
-PYATTN_INLINE void with_mask_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f32:
-      return f(float{});
-    case DType::bf16:
-      return f(bf16{});
-    case DType::f16:
-      return f(f16{});
-    case DType::boolean:
-      return f(bool{});
-  }
-}
 
 // attn_mask of `keys` keys and the tile's queries, transposed to [key][lane] and in log2 units.
 template <class M>
