@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 
@@ -29,89 +30,110 @@ DType dtype_of(int code) {
 
 int64_t window_side(int64_t side) { return side < 0 || side > kUnlimited ? kUnlimited : side; }
 
-// The arguments that forward and backward share, in the order of `_arguments` in pyattn/backends/cpu.py. An address of
-// 0 is "not given".
-AttentionParams attention_params(int dtype, const std::array<int64_t, 7>& sizes, uintptr_t query,
-                                 const std::array<int64_t, 4>& query_stride, uintptr_t key,
-                                 const std::array<int64_t, 4>& key_stride, uintptr_t value,
-                                 const std::array<int64_t, 4>& value_stride, uintptr_t out,
-                                 const std::array<int64_t, 4>& out_stride, uintptr_t lse, uintptr_t mask,
-                                 int mask_dtype, const std::array<int64_t, 4>& mask_stride, uintptr_t block_table,
-                                 int64_t page_size, uintptr_t q_offsets, uintptr_t kv_lengths, uintptr_t kv_starts,
-                                 std::optional<int64_t> q_offset, int64_t window_left, int64_t window_right,
-                                 double scale) {
-  AttentionParams p;
+// All of a call but its tensors: made once for each kind of call, and then run on one call's addresses after another.
+AttentionParams plan(int dtype, const std::array<int64_t, 7>& sizes, const std::array<int64_t, 4>& query_stride,
+                     const std::array<int64_t, 4>& key_stride, const std::array<int64_t, 4>& value_stride,
+                     const std::array<int64_t, 2>& lse_stride, int mask_dtype,
+                     const std::array<int64_t, 4>& mask_stride, int64_t alibi_stride_b, int64_t page_size,
+                     std::optional<int64_t> q_offset, int64_t window_left, int64_t window_right, double scale,
+                     double softcap, int32_t dropout_threshold) {
+  // Further out a float's range would end on the way; there a cap makes no difference, or scores of nothing.
+  constexpr double kLeastSoftcap = 1e-30, kMostSoftcap = 1e30;
+  AttentionParams p{};
   p.dtype = dtype_of(dtype);
   const auto [B, Hq, Hkv, Lq, Lk, D, Dv] = sizes;
   p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.Lq = Lq, p.Lk = Lk, p.D = D, p.Dv = Dv;
-  p.query = pointer<void>(query), p.query_stride = strides(query_stride);
-  p.key = pointer<void>(key), p.key_stride = strides(key_stride);
-  p.value = pointer<void>(value), p.value_stride = strides(value_stride);
-  p.out = pointer<void>(out), p.out_stride = strides(out_stride);
-  p.lse = pointer<float>(lse);
-  p.mask = pointer<void>(mask), p.mask_dtype = dtype_of(mask_dtype);
+  p.query_stride = strides(query_stride), p.key_stride = strides(key_stride), p.value_stride = strides(value_stride);
+  p.lse_stride_b = lse_stride[0], p.lse_stride_h = lse_stride[1];
+  p.mask_dtype = dtype_of(mask_dtype);
   p.mask_stride_b = mask_stride[0], p.mask_stride_h = mask_stride[1];
   p.mask_stride_q = mask_stride[2], p.mask_stride_k = mask_stride[3];
-  p.block_table = pointer<int32_t>(block_table), p.page_size = page_size;
-  p.q_offsets = pointer<int64_t>(q_offsets);
-  p.kv_lengths = pointer<int64_t>(kv_lengths);
-  p.kv_starts = pointer<int64_t>(kv_starts);
+  p.alibi_stride_b = alibi_stride_b;
+  p.page_size = page_size;
   p.bottom_right = !q_offset;
   p.q_offset = q_offset.value_or(0);
   p.window_left = window_side(window_left);
   p.window_right = window_side(window_right);
   p.scale = static_cast<float>(scale);
+  p.softcap = softcap > 0 && softcap < kMostSoftcap ? static_cast<float>(std::max(softcap, kLeastSoftcap)) : 0;
+  p.dropout_threshold = dropout_threshold;
   return p;
 }
 
-template <class... Args>
-auto forward_binding(AttentionParams (*params)(Args...)) {
-  return [params](const std::string& isa, int threads, Args... args) {
-    const AttentionParams p = params(args...);
-    const CpuKernels& kernels = kernels_for(isa);
-    const py::gil_scoped_release release;
-    kernels.attention_forward(p, threads);
-  };
+// In the order of `_addresses` in pyattn/backends/cpu.py; 0 is "not given".
+using Addresses = std::array<uintptr_t, 14>;
+
+int64_t longest(const int32_t* cu_seqlens, int64_t B) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < B; ++b) most = std::max<int64_t>(most, cu_seqlens[b + 1] - cu_seqlens[b]);
+  return most;
 }
 
-// The gradients' arguments come first, then those of the forward.
-template <class... Args>
-auto backward_binding(AttentionParams (*params)(Args...)) {
-  return
-      [params](const std::string& isa, int threads, uintptr_t grad_out, const std::array<int64_t, 4>& grad_out_stride,
-               uintptr_t grad_lse, uintptr_t grad_query, const std::array<int64_t, 4>& grad_query_stride,
-               uintptr_t grad_key, const std::array<int64_t, 4>& grad_key_stride, uintptr_t grad_value,
-               const std::array<int64_t, 4>& grad_value_stride, uintptr_t grad_mask,
-               const std::array<int64_t, 4>& grad_mask_sizes, Args... args) {
-        AttentionBackwardParams p;
-        static_cast<AttentionParams&>(p) = params(args...);
-        p.grad_out = pointer<void>(grad_out), p.grad_out_stride = strides(grad_out_stride);
-        p.grad_lse = pointer<float>(grad_lse);
-        p.grad_query = pointer<void>(grad_query), p.grad_query_stride = strides(grad_query_stride);
-        p.grad_key = pointer<void>(grad_key), p.grad_key_stride = strides(grad_key_stride);
-        p.grad_value = pointer<void>(grad_value), p.grad_value_stride = strides(grad_value_stride);
-        p.grad_mask = pointer<void>(grad_mask);
-        p.grad_mask_b = grad_mask_sizes[0], p.grad_mask_h = grad_mask_sizes[1];
-        p.grad_mask_q = grad_mask_sizes[2], p.grad_mask_k = grad_mask_sizes[3];
-        const CpuKernels& kernels = kernels_for(isa);
-        const py::gil_scoped_release release;
-        kernels.attention_backward(p, threads);
-      };
+void set_tensors(AttentionParams& p, const Addresses& addresses, const std::array<int64_t, 4>& out_stride,
+                 int64_t dropout_seed) {
+  const auto [query, key, value, out, lse, mask, alibi_slopes, sinks, q_offsets, kv_lengths, kv_starts, block_table,
+              cu_seqlens_q, cu_seqlens_k] = addresses;
+  p.query = pointer<void>(query), p.key = pointer<void>(key), p.value = pointer<void>(value);
+  p.out = pointer<void>(out), p.out_stride = strides(out_stride), p.lse = pointer<float>(lse);
+  p.mask = pointer<void>(mask), p.alibi_slopes = pointer<float>(alibi_slopes), p.sinks = pointer<float>(sinks);
+  p.q_offsets = pointer<int64_t>(q_offsets), p.kv_lengths = pointer<int64_t>(kv_lengths);
+  p.kv_starts = pointer<int64_t>(kv_starts), p.block_table = pointer<int32_t>(block_table);
+  p.cu_seqlens_q = pointer<int32_t>(cu_seqlens_q), p.cu_seqlens_k = pointer<int32_t>(cu_seqlens_k);
+  if (p.cu_seqlens_q) p.Lq = longest(p.cu_seqlens_q, p.B);
+  if (p.cu_seqlens_k) p.Lk = longest(p.cu_seqlens_k, p.B);
+  p.dropout_seed = static_cast<uint64_t>(dropout_seed);
+}
+
+void forward(AttentionParams p, size_t isa, int threads, const Addresses& addresses,
+             const std::array<int64_t, 4>& out_stride, int64_t dropout_seed) {
+  set_tensors(p, addresses, out_stride, dropout_seed);
+  const CpuKernels& kernels = available_kernels().at(isa);
+  const py::gil_scoped_release release;
+  kernels.attention_forward(p, threads);
+}
+
+// grad_addresses: of grad_out, grad_lse, grad_query, grad_key, grad_value, grad_mask, grad_sinks; grad_strides of the
+// first and the three of query, key and value.
+void backward(const AttentionParams& plan, size_t isa, int threads, const Addresses& addresses,
+              const std::array<int64_t, 4>& out_stride, int64_t dropout_seed,
+              const std::array<uintptr_t, 7>& grad_addresses, const std::array<std::array<int64_t, 4>, 4>& grad_strides,
+              const std::array<int64_t, 4>& grad_mask_sizes) {
+  AttentionBackwardParams p{};
+  static_cast<AttentionParams&>(p) = plan;
+  set_tensors(p, addresses, out_stride, dropout_seed);
+  const auto [grad_out, grad_lse, grad_query, grad_key, grad_value, grad_mask, grad_sinks] = grad_addresses;
+  p.grad_out = pointer<void>(grad_out), p.grad_lse = pointer<float>(grad_lse);
+  p.grad_query = pointer<void>(grad_query), p.grad_key = pointer<void>(grad_key);
+  p.grad_value = pointer<void>(grad_value);
+  p.grad_mask = pointer<void>(grad_mask), p.grad_sinks = pointer<float>(grad_sinks);
+  p.grad_out_stride = strides(grad_strides[0]), p.grad_query_stride = strides(grad_strides[1]);
+  p.grad_key_stride = strides(grad_strides[2]), p.grad_value_stride = strides(grad_strides[3]);
+  p.grad_mask_b = grad_mask_sizes[0], p.grad_mask_h = grad_mask_sizes[1];
+  p.grad_mask_q = grad_mask_sizes[2], p.grad_mask_k = grad_mask_sizes[3];
+  const CpuKernels& kernels = available_kernels().at(isa);
+  const py::gil_scoped_release release;
+  kernels.attention_backward(p, threads);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   watch_forks();
-  m.def("attention_forward", forward_binding(&attention_params));
-  m.def("attention_backward", backward_binding(&attention_params));
+  py::class_<AttentionParams>(m, "AttentionPlan")
+      .def(py::init(&plan), py::kw_only(), py::arg("dtype"), py::arg("sizes"), py::arg("query_stride"),
+           py::arg("key_stride"), py::arg("value_stride"), py::arg("lse_stride"), py::arg("mask_dtype"),
+           py::arg("mask_stride"), py::arg("alibi_stride_b"), py::arg("page_size"), py::arg("q_offset"),
+           py::arg("window_left"), py::arg("window_right"), py::arg("scale"), py::arg("softcap"),
+           py::arg("dropout_threshold"))
+      .def("forward", &forward)
+      .def("backward", &backward);
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (const CpuKernels& kernels : available_kernels()) names.emplace_back(kernels.isa);
     return names;
   });
   m.def(
-      "peak_gflops", [](const std::string& isa, int dtype) { return kernels_for(isa).peak_gflops(dtype_of(dtype)); },
+      "peak_gflops", [](size_t isa, int dtype) { return available_kernels().at(isa).peak_gflops(dtype_of(dtype)); },
       py::call_guard<py::gil_scoped_release>());
   m.attr("BLOCK_M") = kBlockM;
   m.attr("BLOCK_N") = kBlockN;

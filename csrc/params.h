@@ -13,20 +13,26 @@ struct Strides {
 
 struct AttentionParams {
   DType dtype;                        // of query, key, value and out
-  int64_t B, Hq, Hkv, Lq, Lk, D, Dv;  // with a block_table Lk = max_pages * page_size
-  const void* query;                  // [B, Hq, Lq, D]
-  const void* key;                    // [B, Hkv, Lk, D]
-  const void* value;                  // [B, Hkv, Lk, Dv]
-  void* out;                          // [B, Hq, Lq, Dv]
+  int64_t B, Hq, Hkv, Lq, Lk, D, Dv;  // packed: the longest lengths; with a block_table Lk = max_pages * page_size
+  const void* query;                  // [B, Hq, Lq, D]; packed [total_q, Hq, D], stride.b = 0
+  const void* key;                    // [B, Hkv, Lk, D]; packed [total_k, Hkv, D]
+  const void* value;                  // [B, Hkv, Lk, Dv]; packed [total_k, Hkv, Dv]
+  void* out;                          // [B, Hq, Lq, Dv]; packed [total_q, Hq, Dv]
   Strides query_stride, key_stride, value_stride, out_stride;
-  const int32_t* block_table;  // [B, max_pages], or null: key and value are then [num_pages, Hkv, page_size, D]
+  const int32_t* cu_seqlens_q;  // [B + 1], or null: not packed
+  const int32_t* cu_seqlens_k;  // [B + 1], or null: not packed, or pages
+  const int32_t* block_table;   // [B, max_pages], or null: key and value are then [num_pages, Hkv, page_size, D]
   int64_t page_size;
-  float* lse;  // [B, Hq, Lq], dense
+  float* lse;  // [B, Hq, Lq]; packed [Hq, total_q]
+  int64_t lse_stride_b, lse_stride_h;
 
   const void* mask;  // [B, Hq, Lq, Lk] through its strides (0 broadcasts), or null
   DType mask_dtype;
   int64_t mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
 
+  const float* alibi_slopes;  // [B, Hq], or null
+  int64_t alibi_stride_b;
+  const float* sinks;         // [Hq], or null
   const int64_t* q_offsets;   // [B], or null: q_offset, or kv_len - Lq where bottom_right
   const int64_t* kv_lengths;  // [B], or null: Lk
   const int64_t* kv_starts;   // [B], or null: 0
@@ -34,19 +40,26 @@ struct AttentionParams {
   bool bottom_right;
   int64_t window_left, window_right;  // kUnlimited where there is no limit
   float scale;
+  float softcap;              // 0: none
+  int32_t dropout_threshold;  // of 65536: a weight is dropped if its 16 random bits are less; 0: none
+  uint64_t dropout_seed;
+  int64_t first_sample;  // the number of sample 0, by which dropout counts
 };
 
 // The backward: the forward's call with its results in `out` and `lse`, and the gradients.
 struct AttentionBackwardParams : AttentionParams {
-  const void* grad_out;   // [B, Hq, Lq, Dv]
-  const float* grad_lse;  // [B, Hq, Lq], dense, or null
-  void* grad_query;       // [B, Hq, Lq, D]
-  void* grad_key;         // [B, Hkv, Lk, D]
-  void* grad_value;       // [B, Hkv, Lk, Dv]
+  const void* grad_out;   // as out
+  const float* grad_lse;  // as lse, or null
+  void* grad_query;       // as query
+  void* grad_key;         // as key
+  void* grad_value;       // as value
   Strides grad_out_stride, grad_query_stride, grad_key_stride, grad_value_stride;
   void* grad_mask;                                             // in mask_dtype, dense, of the sizes below, or null
   int64_t grad_mask_b, grad_mask_h, grad_mask_q, grad_mask_k;  // the size of each dimension, or 1 where it broadcasts
+  float* grad_sinks;                                           // [Hq], where there are sinks
 };
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
 
 // Far above any length, and far enough below 2^63 that sums of two do not overflow.
 constexpr int64_t kUnlimited = int64_t{1} << 61;
@@ -56,14 +69,14 @@ struct KeyRange {
   int64_t lo, hi;
 };
 
-// Twin of `key_range` in pyattn/reference.py. Both ends rise with the row.
+// Of one sample (samples.h). Twin of `key_range` in pyattn/reference.py. Both ends rise with the row.
 struct KeyRanges {
   int64_t start, length, offset, left, right, Lk;
 
-  KeyRanges(const AttentionParams& p, int64_t b)
-      : start(p.kv_starts ? p.kv_starts[b] : 0),
-        length(p.kv_lengths ? p.kv_lengths[b] : p.Lk),
-        offset(clamped(p.q_offsets      ? p.q_offsets[b]
+  explicit KeyRanges(const AttentionParams& p)
+      : start(p.kv_starts ? *p.kv_starts : 0),
+        length(p.kv_lengths ? *p.kv_lengths : p.Lk),
+        offset(clamped(p.q_offsets      ? *p.q_offsets
                        : p.bottom_right ? length - p.Lq
                                         : p.q_offset)),
         left(p.window_left),

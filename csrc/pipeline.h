@@ -3,7 +3,10 @@
 #pragma once
 #include <sched.h>
 
+#include <algorithm>
 #include <memory>
+#include <numeric>
+#include <vector>
 
 #include "parallel.h"
 
@@ -39,27 +42,32 @@ class Turn {
   int64_t& oldest_;  // the first item that this thread does not know to be finished
 };
 
-// For each unit: begin(unit, workspace), then run(unit, item, turn, workspace) for each of its items, then end(unit,
-// workspace). A thread takes units of its own as long as there are any, and calls their begin and end; then it helps
-// with the items of others' units. start() makes a thread's workspace. Nothing else may throw, since others wait.
+// For each unit: begin(unit, workspace), then run(unit, item, turn, workspace) for each of its items[unit] items, then
+// end(unit, workspace). A thread takes units of its own, in their order, as long as there are any, and calls their
+// begin and end; then it helps with the items of others' units. start() makes a thread's workspace. Nothing else may
+// throw, since others wait.
 template <class Start, class Begin, class Run, class End>
-void parallel_pipeline(int64_t units, int64_t items, int threads, const Start& start, const Begin& begin,
+void parallel_pipeline(const std::vector<int64_t>& items, int threads, const Start& start, const Begin& begin,
                        const Run& run, const End& end) {
   struct Unit {
     std::atomic<bool> open{false};
     std::atomic<int64_t> next{0}, finished{0};
+    std::atomic<int64_t>* passed;
   };
-  const std::unique_ptr<Unit[]> all(new Unit[static_cast<size_t>(units)]);
-  const std::unique_ptr<std::atomic<int64_t>[]> passed(new std::atomic<int64_t>[static_cast<size_t>(units * items)]());
+  const int64_t units = static_cast<int64_t>(items.size());
+  const int64_t all_items = std::accumulate(items.begin(), items.end(), int64_t{0});
+  const std::unique_ptr<Unit[]> all(new Unit[items.size()]);
+  const std::unique_ptr<std::atomic<int64_t>[]> passed(new std::atomic<int64_t>[static_cast<size_t>(all_items)]());
+  for (int64_t u = 0, first = 0; u < units; first += items[u++]) all[u].passed = &passed[first];
   std::atomic<int64_t> next_unit{0};
-  const int64_t useful = units * (items > 0 ? items : 1);
+  const int64_t useful = std::max(units, all_items);
   if (threads > useful) threads = static_cast<int>(useful);
   parallel_for(threads, threads, [&](int64_t) {
     auto workspace = start();
     const auto work = [&](int64_t u) {
       int64_t oldest = 0;
-      for (int64_t i; (i = all[u].next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-        const Turn turn(&passed[u * items], i, oldest);
+      for (int64_t i; (i = all[u].next.fetch_add(1, std::memory_order_relaxed)) < items[u];) {
+        const Turn turn(all[u].passed, i, oldest);
         run(u, i, turn, workspace);
         turn.finish();
         all[u].finished.fetch_add(1, std::memory_order_release);
@@ -69,11 +77,11 @@ void parallel_pipeline(int64_t units, int64_t items, int threads, const Start& s
       begin(u, workspace);
       all[u].open.store(true, std::memory_order_release);
       work(u);
-      spin_until([&] { return all[u].finished.load(std::memory_order_acquire) == items; });
+      spin_until([&] { return all[u].finished.load(std::memory_order_acquire) == items[u]; });
       end(u, workspace);
     }
     for (int64_t u = 0; u < units; ++u) {
-      if (all[u].next.load(std::memory_order_relaxed) >= items) continue;
+      if (all[u].next.load(std::memory_order_relaxed) >= items[u]) continue;
       spin_until([&] { return all[u].open.load(std::memory_order_acquire); });
       work(u);
     }

@@ -1,29 +1,53 @@
 from collections.abc import Sequence
-from typing import Any
 
 BLOCK_M: int
 BLOCK_N: int
 DECODE_QUERIES: int
 DECODE_KEYS: int
 
-# The arguments after those named are `_arguments` of pyattn/backends/cpu.py.
-def attention_forward(isa: str, threads: int, *arguments: Any) -> None: ...
-def attention_backward(
-    isa: str,
-    threads: int,
-    grad_out: int,
-    grad_out_stride: Sequence[int],
-    grad_lse: int,
-    grad_query: int,
-    grad_query_stride: Sequence[int],
-    grad_key: int,
-    grad_key_stride: Sequence[int],
-    grad_value: int,
-    grad_value_stride: Sequence[int],
-    grad_mask: int,
-    grad_mask_sizes: Sequence[int],
-    *arguments: Any,
-) -> None: ...
+class AttentionPlan:
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        sizes: Sequence[int],
+        query_stride: Sequence[int],
+        key_stride: Sequence[int],
+        value_stride: Sequence[int],
+        lse_stride: Sequence[int],
+        mask_dtype: int,
+        mask_stride: Sequence[int],
+        alibi_stride_b: int,
+        page_size: int,
+        q_offset: int | None,
+        window_left: int,
+        window_right: int,
+        scale: float,
+        softcap: float,
+        dropout_threshold: int,
+    ) -> None: ...
+    def forward(
+        self,
+        isa: int,
+        threads: int,
+        addresses: Sequence[int],
+        out_stride: Sequence[int],
+        dropout_seed: int,
+        /,
+    ) -> None: ...
+    def backward(
+        self,
+        isa: int,
+        threads: int,
+        addresses: Sequence[int],
+        out_stride: Sequence[int],
+        dropout_seed: int,
+        grad_addresses: Sequence[int],
+        grad_strides: Sequence[Sequence[int]],
+        grad_mask_sizes: Sequence[int],
+        /,
+    ) -> None: ...
+
 def available_isas() -> list[str]: ...
-def peak_gflops(isa: str, dtype: int, /) -> float: ...
+def peak_gflops(isa: int, dtype: int, /) -> float: ...
 def scratch_peak_bytes(reset: bool, /) -> int: ...

@@ -97,7 +97,7 @@ def dropout_factor(spec: AttentionSpec, t: AttentionTensors, dtype: torch.dtype,
     """
     assert t.dropout_seed is not None
     (B, Hq, Lq), Lk, device = t.query.shape[:3], t.key.shape[2], t.query.device
-    threshold = round(spec.dropout_p * 65536)
+    threshold = spec.dropout_threshold
     if threshold == 65536:
         return torch.zeros((B, Hq, Lq, Lk), dtype=dtype, device=device)
 

@@ -25,6 +25,11 @@ class AttentionSpec(NamedTuple):
     max_seqlen_q: int | None = None  # packed input only
     max_seqlen_k: int | None = None
 
+    @property
+    def dropout_threshold(self) -> int:
+        """A weight is dropped if its 16 random bits are less than this."""
+        return round(self.dropout_p * 65536)
+
 
 class AttentionTensors(NamedTuple):
     """The tensors of one attention call; shapes as in ``pyattn.attention`` and ``attention_varlen``."""

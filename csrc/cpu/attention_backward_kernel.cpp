@@ -7,6 +7,9 @@
 //
 //   P = exp(S - lse)    dS = P * (dP - D)    dmask = dS    dQ = scale dS K    dK = scale dS^T Q    dV = P^T dO
 //
+// A softcap multiplies dS by its derivative once dmask is taken; with dropout dP and the P of dV are 0 where it
+// dropped; a sink is a key with a dP of 0, so dsink = -sum over the rows of exp(sink - lse) D.
+//
 // The blocks of all query heads that share a key head add to its dK and dV, kept in float, one after the other: a
 // block adds to a segment of keys once the blocks before it have passed that segment (pipeline.h). So several threads
 // can work on one head, and the sums have the same bits for every number of threads.
@@ -16,6 +19,7 @@
 #include <cmath>
 
 #include "../pipeline.h"
+#include "../samples.h"
 #include "../scratch.h"
 #include "blocks.h"
 
@@ -35,6 +39,9 @@ struct Workspace {
   float* lse;         // [kBlockM], in log2 units; inf where a query sees no key
   float* delta;       // [kBlockM]: dO . O - dlse
   float* p;           // [kSegment][kBlockM]: P; with the dot product of kMaxRows keys only
+  float* dp;          // [kMaxRows][kBlockM]: dP
+  float* slope;       // [kMaxRows][kBlockM]: the derivative of the softcap
+  int32_t* keep;      // [kSegment][kBlockM]: all bits set where dropout keeps P, else 0
   float* ds;          // [kSegment][kBlockM]: dS; with the dot product [kSegment / 2], in pairs of keys
   bf16* p_half;       // [kSegment][kBlockM]: P, with the dot product
   bf16* ds_half;      // [kSegment][kBlockM]: dS, with the dot product
@@ -60,6 +67,9 @@ struct Workspace {
     lse = carver.take<float>(kBlockM);
     delta = carver.take<float>(kBlockM);
     p = carver.take<float>((dot ? kMaxRows : kSegment) * kBlockM);
+    dp = carver.take<float>(kMaxRows * kBlockM);
+    slope = carver.take<float>(p_.softcap != 0 ? kMaxRows * kBlockM : 0);
+    keep = carver.take<int32_t>(p_.dropout_threshold ? kSegment * kBlockM : 0);
     ds = carver.take<float>(kSegment * kBlockM);
     p_half = carver.take<bf16>(dot ? kSegment * kBlockM : 0);
     ds_half = carver.take<bf16>(dot ? kSegment * kBlockM : 0);
@@ -90,11 +100,68 @@ struct Segment {
   Rows k, v;
 };
 
-// P and dS of one segment for kPanels panels, from lane `lane` of the block on.
-template <bool kIsDot, int kPanels, bool kMasked>
+// Rounded for the products: dS of keys `key` and key + 1, if there is such a one, for one vector of lanes.
+template <bool kHasSecond>
+PYATTN_INLINE void store_ds_pair([[maybe_unused]] const Workspace& w, [[maybe_unused]] int key,
+                                 [[maybe_unused]] int lane, [[maybe_unused]] vf first, [[maybe_unused]] vf second) {
+#ifdef PYATTN_ISA_AVX512_BF16
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(kHasSecond ? second : vf{}, first);
+  bf16* half = w.ds_half + key * kBlockM + lane;
+  _mm256_store_si256(reinterpret_cast<__m256i*>(half), _mm512_castsi512_si256(both));
+  if (kHasSecond) _mm256_store_si256(reinterpret_cast<__m256i*>(half + kBlockM), _mm512_extracti64x4_epi64(both, 1));
+  store(w.ds + key / 2 * kBlockM + lane, interleave(both));
+#endif
+}
+
+// P and dS of `rows` keys from `first` of the segment on, of which w.p holds the products and w.dp holds dP.
+template <bool kIsDot, int kVecs>
+__attribute__((noinline)) void finish_weights(const Workspace& w, const ScoreTerms& terms, const Dropout& dropout,
+                                              int first, int rows, int lane, float* grad_bias) {
+  float* weights = w.p + (kIsDot ? 0 : first * kBlockM) + lane;
+  const bool has_softcap = terms.softcap.limit != 0;
+  const vf minus_inf = broadcast(-kInf);
+  vf largest[kVecs] = {};
+  finish_scores<kVecs>(weights, kBlockM, first, rows, terms, largest, has_softcap ? w.slope + lane : nullptr);
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      const int at = r * kBlockM + j * kLanes, in_segment = (first + r) * kBlockM + lane + j * kLanes;
+      const vf score = load(weights + at);
+      const vi masked = score == minus_inf;  // beside a NaN: the row's lse and dP may be one
+      const vf weight = masked ? vf{} : exp2(score - load(w.lse + lane + j * kLanes));
+      vf kept = weight, dp = load(w.dp + lane + at);
+      if (dropout) {
+        const vi keep = load(w.keep + in_segment);
+        kept = (vf)((vi)kept & keep);
+        dp = (vf)((vi)(dp * broadcast(dropout.factor)) & keep);
+      }
+      vf ds = weight * (dp - load(w.delta + lane + j * kLanes));
+      ds = masked ? vf{} : ds;
+      if (grad_bias) store(grad_bias + in_segment, load(grad_bias + in_segment) + ds);
+      if (has_softcap) ds *= load(w.slope + lane + at);
+      store(kIsDot ? w.dp + lane + at : w.ds + in_segment, ds);
+      store(weights + at, kept);
+      if constexpr (kIsDot) store_weights(w.p_half + in_segment, kept);
+    }
+  }
+  for (int r = 0; kIsDot && r < rows; r += 2) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      const float* ds = w.dp + r * kBlockM + lane + j * kLanes;
+      if (r + 1 < rows)
+        store_ds_pair<true>(w, first + r, lane + j * kLanes, load(ds), load(ds + kBlockM));
+      else
+        store_ds_pair<false>(w, first + r, lane + j * kLanes, load(ds), vf{});
+    }
+  }
+}
+
+// P and dS of one segment for kPanels panels, from lane `lane` of the block on, that of query `query`; kPlain where
+// scores are plain products and nothing is dropped.
+template <bool kIsDot, int kPanels, bool kPlain>
 __attribute__((noinline)) void weights_step(const AttentionBackwardParams& p, const Workspace& w,
-                                            const BlockRanges& ranges, const Segment& segment, int lane,
-                                            float* grad_bias) {
+                                            const ScoreTerms& terms, const Dropout& dropout, const Segment& segment,
+                                            int64_t query, int lane, float* grad_bias) {
   constexpr int kVecs = kPanels * kPanelVecs;
   const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
   const int in_tile = lane % kTileLanes;
@@ -102,29 +169,30 @@ __attribute__((noinline)) void weights_step(const AttentionBackwardParams& p, co
   const float* q = w.q + tile * query_words<kIsDot>(D) * kTileLanes + in_tile;
   const float* grad_out = w.grad_out + tile * query_words<kIsDot>(Dv) * kTileLanes + in_tile;
   const float *lse = w.lse + lane, *delta = w.delta + lane;
-  const float* bias = kMasked && p.mask ? w.bias + in_tile : nullptr;
-  const vf scale = broadcast(p.scale * kLog2e), minus_inf = broadcast(-kInf);
+  const vf scale = broadcast(p.scale * kLog2e);
   alignas(64) float partial[kMaxRows * kTileLanes];
 
+  if (!kPlain && dropout) {
+    dropout.for_pairs<kVecs>(query, segment.first, segment.count, [&](int r, int j, vi keep, vi keep_next) {
+      int32_t* to = w.keep + r * kBlockM + lane + j * kLanes;
+      store(to, keep);
+      store(to + kBlockM, keep_next);
+    });
+  }
   for_row_tiles<kIsDot>(segment.count, [&](int first, auto rows) {
     constexpr int kRows = rows();
     float* weights = w.p + (kIsDot ? 0 : first * kBlockM) + lane;
-    const auto visible = [&](int i, int j) __attribute__((always_inline)) {
-      const vi key = broadcast(static_cast<int32_t>(segment.first) + first + i);
-      const vi in_range = (key >= load(ranges.lo + lane + j * kLanes)) & (key < load(ranges.hi + lane + j * kLanes));
-      return bias ? in_range & (load(bias + (first + i) * kTileLanes + j * kLanes) != minus_inf) : in_range;
-    };
     const auto store_p = [&](const vf(&s)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
         for (int j = 0; j < kVecs; ++j) {
-          vf x = s[i][j] * scale - load(lse + j * kLanes);
-          if (kMasked && bias) x += load(bias + (first + i) * kTileLanes + j * kLanes);
-          vf weight = exp2(x);
-          if constexpr (kMasked) weight = visible(i, j) ? weight : vf{};
-          store(weights + i * kBlockM + j * kLanes, weight);
-          if constexpr (kIsDot) store_weights(w.p_half + (first + i) * kBlockM + lane + j * kLanes, weight);
+          vf x = s[i][j] * scale;
+          if constexpr (kPlain) {
+            x = exp2(x - load(lse + j * kLanes));
+            if constexpr (kIsDot) store_weights(w.p_half + (first + i) * kBlockM + lane + j * kLanes, x);
+          }
+          store(weights + i * kBlockM + j * kLanes, x);
         }
       }
     };
@@ -134,68 +202,67 @@ __attribute__((noinline)) void weights_step(const AttentionBackwardParams& p, co
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
         for (int j = 0; j < kVecs; ++j) {
-          ds[i][j] = load(weights + i * kBlockM + j * kLanes) * (dp[i][j] - load(delta + j * kLanes));
-          if constexpr (kMasked) ds[i][j] = visible(i, j) ? ds[i][j] : vf{};
-          if (kMasked && grad_bias) {
-            float* sum = grad_bias + (first + i) * kBlockM + lane + j * kLanes;
-            store(sum, load(sum) + ds[i][j]);
+          if constexpr (kPlain) {
+            ds[i][j] = load(weights + i * kBlockM + j * kLanes) * (dp[i][j] - load(delta + j * kLanes));
+            if constexpr (!kIsDot) store(w.ds + (first + i) * kBlockM + lane + j * kLanes, ds[i][j]);
+          } else {
+            store(w.dp + i * kBlockM + lane + j * kLanes, dp[i][j]);
           }
-          if constexpr (!kIsDot) store(w.ds + (first + i) * kBlockM + lane + j * kLanes, ds[i][j]);
         }
       }
-#ifdef PYATTN_ISA_AVX512_BF16
 #pragma GCC unroll 6
-      for (int i = 0; kIsDot && i < kRows; i += 2) {
+      for (int i = 0; kPlain && kIsDot && i < kRows; i += 2) {
+        constexpr int kLast = kRows - 1;
 #pragma GCC unroll 4
         for (int j = 0; j < kVecs; ++j) {
-          const vf second = i + 1 < kRows ? ds[i + 1 < kRows ? i + 1 : i][j] : vf{};
-          const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, ds[i][j]);
-          bf16* half = w.ds_half + (first + i) * kBlockM + lane + j * kLanes;
-          _mm256_store_si256(reinterpret_cast<__m256i*>(half), _mm512_castsi512_si256(both));
-          if (i + 1 < kRows)
-            _mm256_store_si256(reinterpret_cast<__m256i*>(half + kBlockM), _mm512_extracti64x4_epi64(both, 1));
-          store(w.ds + (first + i) / 2 * kBlockM + lane + j * kLanes, interleave(both));
+          if (i < kLast)
+            store_ds_pair<true>(w, first + i, lane + j * kLanes, ds[i][j], ds[i < kLast ? i + 1 : i][j]);
+          else
+            store_ds_pair<false>(w, first + i, lane + j * kLanes, ds[i][j], vf{});
         }
       }
-#endif
     };
     row_products<kIsDot, kRows, kVecs>(segment.k[first], segment.k.row_bytes, D, q, partial, store_p);
     row_products<kIsDot, kRows, kVecs>(segment.v[first], segment.v.row_bytes, Dv, grad_out, partial, store_ds);
+    if constexpr (!kPlain) finish_weights<kIsDot, kVecs>(w, terms, dropout, first, kRows, lane, grad_bias);
   });
 }
 
 template <bool kIsDot, int kPanels = kMaxPanels>
 PYATTN_INLINE void call_weights_step(int panels, const AttentionBackwardParams& p, const Workspace& w,
-                                     const BlockRanges& ranges, const Segment& segment, int lane, float* grad_bias) {
+                                     const ScoreTerms& terms, const Dropout& dropout, const Segment& segment,
+                                     int64_t query, int lane, float* grad_bias) {
   if (panels == kPanels)
-    segment.masked ? weights_step<kIsDot, kPanels, true>(p, w, ranges, segment, lane, grad_bias)
-                   : weights_step<kIsDot, kPanels, false>(p, w, ranges, segment, lane, grad_bias);
+    terms.any() || dropout ? weights_step<kIsDot, kPanels, false>(p, w, terms, dropout, segment, query, lane, grad_bias)
+                           : weights_step<kIsDot, kPanels, true>(p, w, terms, dropout, segment, query, lane, grad_bias);
   else if constexpr (kPanels > 1)
-    call_weights_step<kIsDot, kPanels - 1>(panels, p, w, ranges, segment, lane, grad_bias);
+    call_weights_step<kIsDot, kPanels - 1>(panels, p, w, terms, dropout, segment, query, lane, grad_bias);
 }
 
-// A block of queries of one head, with what it needs of its sample.
+// A block of queries of one head of a sample.
 template <class T>
 struct Block {
-  const AttentionBackwardParams& p;
+  const AttentionBackwardParams& p;  // of the sample
   const Workspace& w;
-  int64_t b, h, kv_head, first_query;
+  int64_t h, kv_head, first_query;
+  KeyRanges key_ranges;
   BlockRanges ranges;
+  HeadTerms head;
+  Dropout dropout;
   const T *key, *value;
-  const char* mask;
 
-  Block(const AttentionBackwardParams& p_, const Workspace& w_, int64_t b_, int64_t h_, int64_t first_query_)
+  Block(const AttentionBackwardParams& p_, const Workspace& w_, int64_t h_, int64_t first_query_)
       : p(p_),
         w(w_),
-        b(b_),
         h(h_),
         kv_head(h_ / (p_.Hq / p_.Hkv)),
         first_query(first_query_),
-        ranges(p_, KeyRanges(p_, b_), first_query_),
-        key(static_cast<const T*>(p_.key) + b_ * p_.key_stride.b + kv_head * p_.key_stride.h),
-        value(static_cast<const T*>(p_.value) + b_ * p_.value_stride.b + kv_head * p_.value_stride.h),
-        mask(static_cast<const char*>(p_.mask)) {
-    if (mask) mask += (b * p.mask_stride_b + h * p.mask_stride_h) * size_of(p.mask_dtype);
+        key_ranges(p_),
+        ranges(p_, key_ranges, first_query_),
+        head(p_, h_),
+        dropout(p_, h_),
+        key(static_cast<const T*>(p_.key) + kv_head * p_.key_stride.h),
+        value(static_cast<const T*>(p_.value) + kv_head * p_.value_stride.h) {
     const T* query = rows_of<const T>(p.query, p.query_stride);
     const T* grad_out = rows_of<const T>(p.grad_out, p.grad_out_stride);
     const T* out = rows_of<const T>(p.out, p.out_stride);
@@ -204,7 +271,7 @@ struct Block {
     pack_queries(grad_out, p.grad_out_stride.l, ranges.rows, Dv, w.grad_out);
     pack_right(query, p.query_stride.l, D, w.q_rows);
     pack_right(grad_out, p.grad_out_stride.l, Dv, w.grad_rows);
-    const int64_t row = (b * p.Hq + h) * p.Lq + first_query;
+    const int64_t row = h * p.lse_stride_h + first_query;
     for (int i = 0; i < ranges.live_lanes; ++i) {
       const bool live = i < ranges.rows && p.lse[row + i] != -kInf;
       w.lse[i] = live ? static_cast<float>(p.lse[row + i] * 1.4426950408889634) : kInf;
@@ -215,10 +282,19 @@ struct Block {
     }
   }
 
+  // The block's share in the gradient of the head's sink. In double: it is a single number, in which nothing averages.
+  double sink_gradient() const {
+    const float* lse = p.lse + h * p.lse_stride_h + first_query;
+    double sum = 0;
+    for (int i = 0; i < ranges.rows; ++i)
+      if (lse[i] != -kInf) sum -= std::exp(static_cast<double>(p.sinks[h]) - lse[i]) * w.delta[i];
+    return sum;
+  }
+
   // The first row of the block.
   template <class U>
   U* rows_of(const void* tensor, const Strides& stride) const {
-    return static_cast<U*>(const_cast<void*>(tensor)) + b * stride.b + h * stride.h + first_query * stride.l;
+    return static_cast<U*>(const_cast<void*>(tensor)) + h * stride.h + first_query * stride.l;
   }
 
   static float dot_product(const T* x, const T* y, int size) {
@@ -255,10 +331,13 @@ struct Block {
   void weights(const Segment& segment, int lane, int end, float* grad_bias) const {
     for (int begin = lane; begin < end;) {
       const int tile_end = min_int(begin / kTileLanes * kTileLanes + kTileLanes, end);
-      if (mask)
-        load_bias(p, mask, first_query + begin / kTileLanes * kTileLanes, segment.first,
-                  ranges.rows - begin / kTileLanes * kTileLanes, segment.count, w.bias);
-      call_weights_step<kDot<T>>((tile_end - begin) / kPanel, p, w, ranges, segment, begin, grad_bias);
+      const int tile = begin / kTileLanes * kTileLanes;
+      if (head.mask)
+        load_bias(p, head.mask, first_query + tile, segment.first, ranges.rows - tile, segment.count, w.bias);
+      const ScoreTerms terms =
+          head.terms(ranges, key_ranges, first_query, begin, segment.first, segment.masked, w.bias);
+      call_weights_step<kDot<T>>((tile_end - begin) / kPanel, p, w, terms, dropout, segment, first_query + begin, begin,
+                                 grad_bias);
       begin = tile_end;
     }
   }
@@ -303,7 +382,7 @@ void backward_block(const Block<T>& block, const HeadSums& sums, const Turn& tur
     int lane = 0, end = block.ranges.live_lanes;
     block.ranges.narrow(first, count, lane, end);
     if (lane >= end) return;
-    const Segment segment = block.stage(first, count, edge || block.mask);
+    const Segment segment = block.stage(first, count, edge || block.head.mask);
     block.weights(segment, lane, end, nullptr);
 
     const float* ready = kDot<T> ? sums.k_pairs + first / 2 * D : w.k;
@@ -342,30 +421,54 @@ void store_rows(const float* sums, int64_t rows, int size, float factor, T* out,
 
 template <class T>
 void backward(const AttentionBackwardParams& p, int threads) {
-  const int64_t blocks = (p.Lq + kBlockM - 1) / kBlockM, units = p.B * p.Hkv, group = units > 0 ? p.Hq / p.Hkv : 0;
-  const std::unique_ptr<HeadSums[]> sums(new HeadSums[static_cast<size_t>(units)]);
+  const int64_t group = p.Hkv > 0 ? p.Hq / p.Hkv : 0;
+  const std::vector<int64_t> samples = longest_first(p, [](const AttentionParams&) { return true; });
+  std::vector<int64_t> items, first_item;  // of each key head of each sample: a block of queries of one head each
+  int64_t all_items = 0;
+  for (const int64_t b : samples) {
+    for (int64_t kv_head = 0; kv_head < p.Hkv; ++kv_head) {
+      first_item.push_back(all_items);
+      items.push_back(group * blocks_of(sample_of(p, b)));
+      all_items += items.back();
+    }
+  }
+  std::vector<HeadSums> sums(items.size());
+  std::vector<double> sink_gradients(p.sinks ? static_cast<size_t>(all_items) : 0);
   const auto begin = [&](int64_t unit, const Workspace& w) {
+    const AttentionBackwardParams sample = sample_of(p, samples[unit / p.Hkv]);
     sums[unit] = {w.grad_key, w.grad_value, w.k_pairs};
-    for (int64_t i = 0; i < p.Lk * padded(p.D); i += kLanes) store(w.grad_key + i, vf{});
-    for (int64_t i = 0; i < p.Lk * padded(p.Dv); i += kLanes) store(w.grad_value + i, vf{});
+    for (int64_t i = 0; i < sample.Lk * padded(p.D); i += kLanes) store(w.grad_key + i, vf{});
+    for (int64_t i = 0; i < sample.Lk * padded(p.Dv); i += kLanes) store(w.grad_value + i, vf{});
     if constexpr (kDot<T>) {
-      const T* key = static_cast<const T*>(p.key) + unit / p.Hkv * p.key_stride.b + unit % p.Hkv * p.key_stride.h;
-      interleave_rows(key, p.key_stride.l, p.Lk, p.D, w.k_pairs, p.D);
+      const T* key = static_cast<const T*>(sample.key) + unit % p.Hkv * p.key_stride.h;
+      interleave_rows(key, p.key_stride.l, sample.Lk, p.D, w.k_pairs, p.D);
     }
   };
   const auto run = [&](int64_t unit, int64_t item, const Turn& turn, const Workspace& w) {
-    const int64_t h = unit % p.Hkv * group + item / blocks;
-    backward_block(Block<T>(p, w, unit / p.Hkv, h, item % blocks * kBlockM), sums[unit], turn);
+    const AttentionBackwardParams sample = sample_of(p, samples[unit / p.Hkv]);
+    const int64_t blocks = blocks_of(sample), h = unit % p.Hkv * group + item / blocks;
+    const Block<T> block(sample, w, h, item % blocks * kBlockM);
+    if (p.sinks) sink_gradients[first_item[unit] + item] = block.sink_gradient();
+    backward_block(block, sums[unit], turn);
   };
   const auto end = [&](int64_t unit, const Workspace& w) {
-    const int64_t b = unit / p.Hkv, h = unit % p.Hkv;
-    const auto out = [&](void* tensor, const Strides& s) { return static_cast<T*>(tensor) + b * s.b + h * s.h; };
-    store_rows(w.grad_key, p.Lk, static_cast<int>(p.D), p.scale, out(p.grad_key, p.grad_key_stride),
-               p.grad_key_stride.l);
-    store_rows(w.grad_value, p.Lk, static_cast<int>(p.Dv), 1, out(p.grad_value, p.grad_value_stride),
-               p.grad_value_stride.l);
+    const AttentionBackwardParams sample = sample_of(p, samples[unit / p.Hkv]);
+    const int64_t h = unit % p.Hkv;
+    const Dropout dropout(sample, h);
+    store_rows(w.grad_key, sample.Lk, static_cast<int>(p.D), p.scale,
+               static_cast<T*>(sample.grad_key) + h * p.grad_key_stride.h, p.grad_key_stride.l);
+    store_rows(w.grad_value, sample.Lk, static_cast<int>(p.Dv), dropout ? dropout.factor : 1,
+               static_cast<T*>(sample.grad_value) + h * p.grad_value_stride.h, p.grad_value_stride.l);
   };
-  parallel_pipeline(units, group * blocks, threads, [&] { return Workspace(p); }, begin, run, end);
+  parallel_pipeline(items, threads, [&] { return Workspace(p); }, begin, run, end);
+
+  if (!p.sinks) return;
+  std::vector<double> sink_sums(static_cast<size_t>(p.Hq));
+  for (size_t unit = 0; unit < items.size(); ++unit)
+    for (int64_t item = 0; item < items[unit]; ++item)
+      sink_sums[static_cast<int64_t>(unit) % p.Hkv * group + item / (items[unit] / group)] +=
+          sink_gradients[first_item[unit] + item];
+  for (int64_t h = 0; h < p.Hq; ++h) p.grad_sinks[h] = static_cast<float>(sink_sums[h]);
 }
 
 // ---- the gradient of attn_mask -------------------------------------------------------------------------------
@@ -386,9 +489,10 @@ void mask_gradient_tile(const AttentionBackwardParams& p, const Workspace& w, in
   const Range key_blocks = all_or(p.grad_mask_k, key_block, (p.Lk + kSegment - 1) / kSegment);
   for (int64_t i = 0; i < kSegment * kBlockM; ++i) w.grad_bias[i] = 0;
   for (int64_t b = batches.begin; b < batches.end; ++b) {
+    const AttentionBackwardParams sample = sample_of(p, b);
     for (int64_t h = heads.begin; h < heads.end; ++h) {
       for (int64_t i = q_blocks.begin; i < q_blocks.end; ++i) {
-        const Block<T> block(p, w, b, h, i * kBlockM);
+        const Block<T> block(sample, w, h, i * kBlockM);
         for (int64_t n = key_blocks.begin; n < key_blocks.end; ++n) {
           const int64_t first = n * kSegment;
           const int count = min_int(kSegment, p.Lk - first);
@@ -438,8 +542,9 @@ void gradients(const AttentionBackwardParams& p, int threads) {
 
 void attention_backward(const AttentionBackwardParams& p, int threads) {
   // Waking a thread costs more than it brings below some 100 microseconds of work.
-  const double flops = 2.0 * static_cast<double>(p.B * p.Hq * p.Lq) * static_cast<double>(p.Lk * (3 * p.D + 2 * p.Dv));
-  if (flops < 5e6) threads = 1;
+  double pairs = 0;
+  for (int64_t b = 0; b < p.B; ++b) pairs += static_cast<double>(p.Hq * pairs_of(sample_of(p, b)));
+  if (2.0 * pairs * static_cast<double>(3 * p.D + 2 * p.Dv) < 5e6) threads = 1;
   with_dtype(p.dtype, [&](auto element) { gradients<decltype(element)>(p, threads); });
 }
 

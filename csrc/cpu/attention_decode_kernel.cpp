@@ -16,6 +16,7 @@
 #include <cmath>
 
 #include "../pipeline.h"
+#include "../samples.h"
 #include "../scratch.h"
 #include "blocks.h"
 
@@ -36,7 +37,7 @@ struct Partial {
 };
 
 struct Workspace {
-  int rows;          // queries of all heads that share a key head
+  int rows;          // queries of all heads that share a key head, at the most
   int64_t q_row;     // elements of a row of q: D in whole vectors
   int64_t o_row;     // floats of a row of the output: Dv in whole vectors
   void* q;           // [rows][q_row]: the queries, padded with zeros
@@ -51,7 +52,6 @@ struct Workspace {
 
   size_t carve(void* base, const AttentionParams& p) {
     const bool dot = kHasBf16Dot && p.dtype == DType::bf16;
-    rows = static_cast<int>(p.Hq / p.Hkv * p.Lq);
     q_row = round_up(p.D, dot ? 2 * kLanes : kLanes);
     o_row = round_up(p.Dv, dot ? 2 * kLanes : kLanes);
     Carver carver(base);
@@ -71,17 +71,17 @@ struct Workspace {
     return carver.used();
   }
 
-  explicit Workspace(const AttentionParams& p) {
+  Workspace(const AttentionParams& p, int64_t most_queries) : rows(static_cast<int>(p.Hq / p.Hkv * most_queries)) {
     carve(thread_scratch(carve(nullptr, p)), p);
     std::memset(zeros, 0, static_cast<size_t>(q_row > o_row ? q_row : o_row) * sizeof(float));
   }
 
-  void clear(const Partial& partial) const {
-    for (int i = 0; i < rows; ++i) {
+  void clear(const Partial& partial, int used_rows) const {
+    for (int i = 0; i < used_rows; ++i) {
       partial.row_max[i] = -kInf;
       store(partial.row_sum + i * kLanes, vf{});
     }
-    std::memset(partial.o, 0, static_cast<size_t>(rows * o_row) * sizeof(float));
+    std::memset(partial.o, 0, static_cast<size_t>(used_rows * o_row) * sizeof(float));
   }
 
   // Raises the maximum of row i to `largest`, if that is more. Returns what to subtract from scores: it, or 0 for -inf.
@@ -99,8 +99,8 @@ struct Workspace {
   }
 
   // sums += chunk
-  void merge(const Partial& sums) const {
-    for (int i = 0; i < rows; ++i) {
+  void merge(const Partial& sums, int used_rows) const {
+    for (int i = 0; i < used_rows; ++i) {
       const vf factor = broadcast(std::exp2(chunk.row_max[i] - raise_maximum(sums, i, chunk.row_max[i])));
       const auto add = [&](float* to, const float* from) { store(to, load(to) + load(from) * factor); };
       add(sums.row_sum + i * kLanes, chunk.row_sum + i * kLanes);
@@ -175,43 +175,47 @@ struct Head {
     const T* rows[kStep];
   };
 
-  const AttentionParams& p;
+  const AttentionParams& p;  // of the sample
   const Workspace& w;
-  int64_t b, first_head;
+  int64_t first_head;
+  int num_rows;  // queries of all heads that share the key head
+  KeyRanges ranges;
   KeyRows<T> keys, values;
 
-  Head(const AttentionParams& p_, const Workspace& w_, int64_t unit)
+  Head(const AttentionParams& p_, const Workspace& w_, int64_t kv_head)
       : p(p_),
         w(w_),
-        b(unit / p_.Hkv),
-        first_head(unit % p_.Hkv * (p_.Hq / p_.Hkv)),
-        keys(p_, p_.key, p_.key_stride, b, unit % p_.Hkv),
-        values(p_, p_.value, p_.value_stride, b, unit % p_.Hkv) {}
+        first_head(kv_head * (p_.Hq / p_.Hkv)),
+        num_rows(static_cast<int>(p_.Hq / p_.Hkv * p_.Lq)),
+        ranges(p_),
+        keys(p_, p_.key, p_.key_stride, kv_head),
+        values(p_, p_.value, p_.value_stride, kv_head) {}
+
+  int64_t head_of(int i) const { return first_head + i / p.Lq; }
 
   template <class U>
   U* row_of(void* tensor, const Strides& stride, int i) const {
-    return static_cast<U*>(tensor) + b * stride.b + (first_head + i / p.Lq) * stride.h + i % p.Lq * stride.l;
+    return static_cast<U*>(tensor) + head_of(i) * stride.h + i % p.Lq * stride.l;
   }
 
   // Chunk number n into w.chunk; false if no row sees a key of it.
   bool chunk(int64_t n) const {
-    const KeyRanges ranges(p, b);
     // A row without keys may stand anywhere: no page is past the length.
     const int64_t last_hi = ranges.row(p.Lq - 1).hi, end = last_hi < ranges.length ? last_hi : ranges.length;
     const int64_t first = ranges.row(0).lo + n * kChunk;
     if (first >= end) return false;
     Operand* q = static_cast<Operand*>(w.q);
-    for (int i = 0; i < w.rows; ++i, q += w.q_row) {
+    for (int i = 0; i < num_rows; ++i, q += w.q_row) {
       pack_row(row_of<const T>(const_cast<void*>(p.query), p.query_stride, i), p.D, w.q_row, q);
       const KeyRange range = ranges.row(i % p.Lq);
       w.lo[i] = static_cast<int32_t>(range.lo);
       w.hi[i] = static_cast<int32_t>(range.hi);
     }
-    w.clear(w.chunk);
+    w.clear(w.chunk, num_rows);
     const int count = min_int(kChunk, end - first);
     for_steps(keys, first, count, [&](int at, Step& now, const Step& next) {
       scores(at, now, next);
-      if (masked(first + at, now.count)) mask_scores(first, at, now.count);
+      finish_scores(first, at, now.count);
     });
     weights(count);
     for_steps(values, first, count, [&](int at, Step& now, const Step& next) {
@@ -277,12 +281,10 @@ struct Head {
   }
 
   void scores(int at, const Step& now, const Step& next) const {
-    if (w.rows > kFewRows)
+    if (num_rows > kFewRows)
       scores_of_many(now, next, w.s + at);
     else
       scores_of_few(now, next, w.s + at);
-    for (int i = 0; i < w.rows; ++i)
-      for (int r = now.count; r % kLanes; ++r) w.s[i * kRow + at + r] = -kInf;
   }
 
   // Lanes are the elements of a head: one sum over the lanes of kLanes keys a row.
@@ -293,9 +295,9 @@ struct Head {
     const vf scale = broadcast(p.scale * kLog2e);
     for (int r = 0; r < whole; r += kLanes) {
       const Operand* q = static_cast<const Operand*>(w.q);
-      for (int i = 0, asked = 0; i < w.rows; ++i, q += w.q_row) {
+      for (int i = 0, asked = 0; i < num_rows; ++i, q += w.q_row) {
         // A few rows at a time: many at once would hold up the loads of this step.
-        for (; rows != pointers && asked < (i + 1) * kLanes / w.rows; ++asked) prefetch(next.rows[r + asked], p.D);
+        for (; rows != pointers && asked < (i + 1) * kLanes / num_rows; ++asked) prefetch(next.rows[r + asked], p.D);
         store(s + i * kRow + r, key_scores(q, rows + r, w.q_row) * scale);
       }
     }
@@ -314,7 +316,7 @@ struct Head {
     alignas(64) float partial[kMaxRows * kTileLanes];
     const int64_t row_bytes = w.q_row * static_cast<int64_t>(sizeof(Operand));
     for (int first = 0; first < now.count; first += kTileLanes) {
-      for_row_tiles(w.rows, [&](int i, auto rows) {
+      for_row_tiles(num_rows, [&](int i, auto rows) {
         constexpr int kRows = rows();
         const auto scale_and_store = [&](const vf(&c)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 6
@@ -331,15 +333,26 @@ struct Head {
   // Calls f with the mask's elements for row i from key `first` on.
   template <class F>
   void with_mask(int i, int64_t first, const F& f) const {
-    const int64_t offset = b * p.mask_stride_b + (first_head + i / p.Lq) * p.mask_stride_h +
-                           i % p.Lq * p.mask_stride_q + first * p.mask_stride_k;
+    const int64_t offset = head_of(i) * p.mask_stride_h + i % p.Lq * p.mask_stride_q + first * p.mask_stride_k;
     with_mask_dtype(p.mask_dtype, [&](auto element) { f(static_cast<const decltype(element)*>(p.mask) + offset); });
   }
 
-  // Scores plus bias, -inf where masked. A masked score may have been NaN.
-  void mask_scores(int64_t first, int at, int count) const {
-    for (int i = 0; i < w.rows; ++i) {
+  // Softcap, ALiBi, attn_mask and the rows' ranges. A masked score may have been NaN.
+  void finish_scores(int64_t first, int at, int count) const {
+    const bool is_masked = masked(first + at, count);
+    for (int i = 0; i < num_rows; ++i) {
       float* s = w.s + i * kRow + at;
+      const HeadTerms head(p, head_of(i));
+      if (head.softcap.limit != 0)
+        for (int r = 0; r < count; r += kLanes)
+          store(s + r, broadcast(head.softcap.limit) * head.softcap.ratio(load(s + r)));
+      if (head.slope != 0) {
+        const float position = static_cast<float>(first + at - i % p.Lq - ranges.offset);
+        for (int r = 0; r < count; r += kLanes) {
+          const vf distance = load(kLaneNumbers + r) + broadcast(position);
+          store(s + r, load(s + r) - broadcast(head.slope) * max(distance, -distance));
+        }
+      }
       if (p.mask) {
         with_mask(i, first + at, [&](const auto* mask) {
           for (int r = 0; r < count; ++r) {
@@ -348,8 +361,9 @@ struct Head {
           }
         });
       }
-      for (int r = 0; r < count; ++r)
+      for (int r = 0; is_masked && r < count; ++r)
         if (first + at + r < w.lo[i] || first + at + r >= w.hi[i]) s[r] = -kInf;
+      for (int r = count; r % kLanes; ++r) s[r] = -kInf;
     }
   }
 
@@ -370,7 +384,7 @@ struct Head {
     values.for_each(first + at, now.count, [&](int r, const T* value) {
       if (now.rows[r] == value) return;
       const int64_t key = first + at + r;
-      for (int i = 0; i < w.rows; ++i) {
+      for (int i = 0; i < num_rows; ++i) {
         bool live = key >= w.lo[i] && key < w.hi[i];
         if (p.mask) with_mask(i, key, [&](const auto* mask) { live = live && bias_of(*mask) != -kInf; });
         for (int e = 0; live && e < p.Dv; ++e)
@@ -381,7 +395,7 @@ struct Head {
 
   // Scores to weights 2^(score - maximum), in place and, with the dot product, in `half`.
   void weights(int count) const {
-    for (int i = 0; i < w.rows; ++i) {
+    for (int i = 0; i < num_rows; ++i) {
       float* s = w.s + i * kRow;
       vf largest = load(s), sum = {};
       for (int r = kLanes; r < count; r += kLanes) largest = max(largest, load(s + r));
@@ -406,44 +420,60 @@ struct Head {
       if (rows != pointers) coming = next.rows;
     const char* weights =
         kDot<T> ? reinterpret_cast<const char*>(w.half + at) : reinterpret_cast<const char*>(w.s + at);
-    add_products<kDot<T>>(weights, kRow * static_cast<int64_t>(sizeof(Operand)), w.rows,
+    add_products<kDot<T>>(weights, kRow * static_cast<int64_t>(sizeof(Operand)), num_rows,
                           Values<Operand>{rows, coming, 0}, words, w.chunk.o, w.o_row,
                           static_cast<int>(w.o_row / kLanes));
   }
 
   void finish(const Partial& sums) const {
-    for (int i = 0; i < w.rows; ++i) {
+    for (int i = 0; i < num_rows; ++i) {
       T* out = row_of<T>(p.out, p.out_stride, i);
-      float sum = 0;
+      const float sink = p.sinks ? p.sinks[head_of(i)] * kLog2e : -kInf;
+      const float shift = w.raise_maximum(sums, i, sink);
+      float sum = sink == -kInf ? 0 : std::exp2(sink - shift);
       for (int j = 0; j < kLanes; ++j) sum += sums.row_sum[i * kLanes + j];
       const float inverse = sum == 0 ? 0 : 1 / sum;
       for (int64_t e = 0; e < p.Dv; ++e) w.v[e] = sums.o[i * w.o_row + column<T>(e)];
       store_row(w.v, static_cast<int>(p.Dv), inverse, out);
-      p.lse[(b * p.Hq + first_head) * p.Lq + i] =
+      p.lse[head_of(i) * p.lse_stride_h + i % p.Lq] =
           static_cast<float>((static_cast<double>(sums.row_max[i]) + std::log2(sum)) * kLn2);
     }
   }
 };
 
 template <class T>
-void decode(const AttentionParams& p, int threads) {
-  const int64_t units = p.B * p.Hkv, chunks = (p.Lk + kChunk - 1) / kChunk;
-  const std::unique_ptr<Partial[]> heads(new Partial[static_cast<size_t>(units)]);
+void decode(const AttentionParams& p, const std::vector<int64_t>& samples, int threads) {
+  std::vector<int64_t> chunks;  // of each key head of each sample
+  int64_t most_queries = 0;
+  for (const int64_t b : samples) {
+    const AttentionParams sample = sample_of(p, b);
+    chunks.insert(chunks.end(), static_cast<size_t>(p.Hkv), (sample.Lk + kChunk - 1) / kChunk);
+    most_queries = std::max(most_queries, sample.Lq);
+  }
+  const auto on_head = [&](int64_t unit, const Workspace& w, const auto& f) {
+    const AttentionParams sample = sample_of(p, samples[unit / p.Hkv]);
+    f(Head<T>(sample, w, unit % p.Hkv));
+  };
+  std::vector<Partial> sums(chunks.size());
   parallel_pipeline(
-      units, chunks, threads, [&] { return Workspace(p); },
-      [&](int64_t unit, const Workspace& w) { w.clear(heads[unit] = w.head); },
+      chunks, threads, [&] { return Workspace(p, most_queries); },
+      [&](int64_t unit, const Workspace& w) { w.clear(sums[unit] = w.head, w.rows); },
       [&](int64_t unit, int64_t n, const Turn& turn, const Workspace& w) {
-        if (!Head<T>(p, w, unit).chunk(n)) return;
-        turn.wait(1);
-        w.merge(heads[unit]);
+        on_head(unit, w, [&](const Head<T>& head) {
+          if (!head.chunk(n)) return;
+          turn.wait(1);
+          w.merge(sums[unit], head.num_rows);
+        });
       },
-      [&](int64_t unit, const Workspace& w) { Head<T>(p, w, unit).finish(w.head); });
+      [&](int64_t unit, const Workspace& w) {
+        on_head(unit, w, [&](const Head<T>& head) { head.finish(sums[unit]); });
+      });
 }
 
 }  // namespace
 
-void attention_decode(const AttentionParams& p, int threads) {
-  with_dtype(p.dtype, [&](auto element) { decode<decltype(element)>(p, threads); });
+void attention_decode(const AttentionParams& p, const std::vector<int64_t>& samples, int threads) {
+  with_dtype(p.dtype, [&](auto element) { decode<decltype(element)>(p, samples, threads); });
 }
 
 }  // namespace pyattn::PYATTN_ISA

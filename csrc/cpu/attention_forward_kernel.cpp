@@ -15,8 +15,10 @@
 #include <cmath>
 
 #include "../parallel.h"
+#include "../samples.h"
 #include "../scratch.h"
 #include "blocks.h"
+#include "dropout.h"
 
 namespace pyattn::PYATTN_ISA {
 namespace {
@@ -62,15 +64,15 @@ struct Workspace {
 struct Segment {
   int64_t first;
   int count;
-  bool masked;  // some query of the block may not see some key of it
   Rows k;
   KeyOperand v;
 };
 
-// The first `kPanels` panels from lane `lane` of the block on take in one segment.
-template <bool kIsDot, int kPanels>
-__attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspace& w, const BlockRanges& ranges,
-                                         Segment& segment, int lane, bool has_bias) {
+// The first `kPanels` panels from lane `lane` of the block on take in one segment; kPlain where its scores are plain
+// products.
+template <bool kIsDot, int kPanels, bool kPlain>
+__attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspace& w, const ScoreTerms& terms,
+                                         const Dropout& dropout, Segment& segment, int64_t query, int lane) {
   constexpr int kVecs = kPanels * kPanelVecs;
   const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
   const int in_tile = lane % kTileLanes;
@@ -84,19 +86,22 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
 #pragma GCC unroll 4
   for (int j = 0; j < kVecs; ++j) largest[j] = broadcast(-kInf);
   for_row_tiles(segment.count, [&](int i, auto rows) {
-    score_tile<kIsDot, rows(), kVecs>(segment.k[i], segment.k.row_bytes, D, q, scale, s + i * kTileLanes, largest);
+    if constexpr (kPlain) {
+      score_tile<kIsDot, rows(), kVecs>(segment.k[i], segment.k.row_bytes, D, q, scale, s + i * kTileLanes, largest);
+    } else {
+      vf unfinished[kVecs] = {};
+      score_tile<kIsDot, rows(), kVecs>(segment.k[i], segment.k.row_bytes, D, q, scale, s + i * kTileLanes, unfinished);
+      finish_scores<kVecs>(s + i * kTileLanes, kTileLanes, i, rows(), terms, largest);
+    }
   });
   HiddenRows& hidden = segment.v.hidden;
-  if (segment.masked) {
-    mask_scores<kVecs>(s, has_bias ? w.bias + in_tile : nullptr, ranges.lo + lane, ranges.hi + lane,
-                       static_cast<int32_t>(segment.first), segment.count, largest);
-    for (int n = 0; n < hidden.count; ++n) {
-      hidden.live[n] = 0;
-      for (int i = 0; i < kPanels * kPanel; ++i)
-        hidden.live[n] |= uint64_t{s[hidden.row[n] * kTileLanes + i] != -kInf} << i;
-    }
+  for (int n = 0; n < hidden.count; ++n) {
+    hidden.live[n] = 0;
+    for (int i = 0; i < kPanels * kPanel; ++i)
+      hidden.live[n] |= uint64_t{s[hidden.row[n] * kTileLanes + i] != -kInf} << i;
   }
   softmax_step<kIsDot, kVecs>(s, segment.count, largest, w.row_max + lane, w.row_sum + lane, w.alpha + lane);
+  if (dropout) drop_weights<kIsDot, kVecs>(dropout, query, segment.first, segment.count, s);
   const int rows_of_v = kIsDot ? (segment.count + 1) / 2 : segment.count;
   for_row_tiles(Dv, [&](int e, auto rows) {
     output_tile<kIsDot, rows(), kVecs>(segment.v.data + e, segment.v.row, rows_of_v, s, w.alpha + lane,
@@ -105,108 +110,116 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
 }
 
 template <bool kIsDot, int kPanels = kMaxPanels>
-PYATTN_INLINE void call_tile_step(int panels, const AttentionParams& p, const Workspace& w, const BlockRanges& ranges,
-                                  Segment& segment, int lane, bool has_bias) {
+PYATTN_INLINE void call_tile_step(int panels, const AttentionParams& p, const Workspace& w, const ScoreTerms& terms,
+                                  const Dropout& dropout, Segment& segment, int64_t query, int lane) {
   if (panels == kPanels)
-    tile_step<kIsDot, kPanels>(p, w, ranges, segment, lane, has_bias);
+    terms.any() ? tile_step<kIsDot, kPanels, false>(p, w, terms, dropout, segment, query, lane)
+                : tile_step<kIsDot, kPanels, true>(p, w, terms, dropout, segment, query, lane);
   else if constexpr (kPanels > 1)
-    call_tile_step<kIsDot, kPanels - 1>(panels, p, w, ranges, segment, lane, has_bias);
+    call_tile_step<kIsDot, kPanels - 1>(panels, p, w, terms, dropout, segment, query, lane);
 }
 
-// out = O / sum, transposed back; lse = log(sum) + maximum.
+// out = factor * O / sum, transposed back; lse = log(sum) + maximum.
 template <class T>
-void finish(const AttentionParams& p, const Workspace& w, int rows, T* out, float* lse) {
+void finish(const AttentionParams& p, const Workspace& w, int rows, float factor, T* out, float* lse) {
   for (int i = 0; i < rows; ++i) {
     lse[i] = static_cast<float>((static_cast<double>(w.row_max[i]) + std::log2(w.row_sum[i])) * kLn2);
-    w.alpha[i] = w.row_sum[i] == 0 ? 0 : 1 / w.row_sum[i];
+    w.alpha[i] = w.row_sum[i] == 0 ? 0 : factor / w.row_sum[i];
   }
   store_transposed(w.o, w.alpha, rows, static_cast<int>(p.Dv), out, p.out_stride.l);
 }
 
-// The operands of one key head, and of the query heads that share it.
+// A block of queries of head h of one sample.
 template <class T>
-struct Head {
-  const T* query;  // of the first query head
-  KeyRows<T> keys, values;
-  const char* mask;
-  T* out;
-  float* lse;
-
-  Head(const AttentionParams& p, int64_t b, int64_t kv_head)
-      : keys(p, p.key, p.key_stride, b, kv_head), values(p, p.value, p.value_stride, b, kv_head) {
-    const int64_t h = kv_head * (p.Hq / p.Hkv);
-    query = static_cast<const T*>(p.query) + b * p.query_stride.b + h * p.query_stride.h;
-    out = static_cast<T*>(p.out) + b * p.out_stride.b + h * p.out_stride.h;
-    lse = p.lse + (b * p.Hq + h) * p.Lq;
-    mask = static_cast<const char*>(p.mask);
-    if (mask) mask += (b * p.mask_stride_b + h * p.mask_stride_h) * size_of(p.mask_dtype);
-  }
-};
-
-template <class T>
-void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges& key_ranges, const Head<T>& head,
-                   int64_t group_head, int64_t first_query) {
+void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges& key_ranges, int64_t h,
+                   int64_t first_query) {
   const BlockRanges ranges(p, key_ranges, first_query);
   const int D = static_cast<int>(p.D), Dv = static_cast<int>(p.Dv);
-  const T* query = head.query + group_head * p.query_stride.h + first_query * p.query_stride.l;
-  const char* mask = head.mask ? head.mask + group_head * p.mask_stride_h * size_of(p.mask_dtype) : nullptr;
-  const bool has_bias = mask != nullptr;
+  const int64_t kv_head = h / (p.Hq / p.Hkv);
+  const KeyRows<T> keys(p, p.key, p.key_stride, kv_head), values(p, p.value, p.value_stride, kv_head);
+  const T* query = static_cast<const T*>(p.query) + h * p.query_stride.h + first_query * p.query_stride.l;
+  const HeadTerms head(p, h);
+  const Dropout dropout(p, h);
 
   pack_queries(query, p.query_stride.l, ranges.rows, D, w.q);
   for (int lane = 0; lane < ranges.live_lanes; lane += kLanes) {
     float* column = w.o + lane / kTileLanes * round_up(p.Dv, kLanes) * kTileLanes + lane % kTileLanes;
     for (int64_t e = 0; e < round_up(p.Dv, kLanes); ++e) store(column + e * kTileLanes, vf{});
   }
+  // A sink is a weight that was there before all keys.
+  const float sink = p.sinks ? p.sinks[h] * kLog2e : -kInf;
   for (int i = 0; i < ranges.live_lanes; ++i) {
-    w.row_max[i] = -kInf;
-    w.row_sum[i] = 0;
+    w.row_max[i] = sink;
+    w.row_sum[i] = sink == -kInf ? 0 : 1;
   }
   Segment segment;
   for_segments(ranges, p.Lk, kBlockN, [&](int64_t first, int count, bool edge) {
+    const bool masked = edge || head.mask;
     segment.first = first;
     segment.count = count;
-    segment.masked = edge || has_bias;
     int64_t k_stride, v_stride;
-    const T* key = head.keys.rows(first, count, D, w.pages_k, k_stride);
+    const T* key = keys.rows(first, count, D, w.pages_k, k_stride);
     segment.k = stage_rows(key, k_stride, count, D, w.k);
-    const T* value = head.values.rows(first, count, Dv, w.pages_v, v_stride);
+    const T* value = values.rows(first, count, Dv, w.pages_v, v_stride);
     const float* pairs = kDot<T> && !p.block_table ? w.v_pairs + first / 2 * Dv : nullptr;
-    segment.v.stage(value, v_stride, count, Dv, segment.masked, pairs, w.v, w.v_finite);
+    segment.v.stage(value, v_stride, count, Dv, masked, pairs, w.v, w.v_finite);
     for (int begin = 0; begin < ranges.live_lanes; begin += kTileLanes) {
       int lane = begin, end = min_int(begin + kTileLanes, ranges.live_lanes);
       ranges.narrow(first, count, lane, end);
       if (lane >= end) continue;
-      if (has_bias) load_bias(p, mask, first_query + begin, first, ranges.rows - begin, count, w.bias);
-      call_tile_step<kDot<T>>((end - lane) / kPanel, p, w, ranges, segment, lane, has_bias);
+      if (head.mask) load_bias(p, head.mask, first_query + begin, first, ranges.rows - begin, count, w.bias);
+      const ScoreTerms terms = head.terms(ranges, key_ranges, first_query, lane, first, masked, w.bias);
+      call_tile_step<kDot<T>>((end - lane) / kPanel, p, w, terms, dropout, segment, first_query + lane, lane);
       float* o = w.o + lane / kTileLanes * round_up(Dv, kLanes) * kTileLanes + lane % kTileLanes;
       segment.v.hidden.add(value, v_stride, Dv, w.s + lane % kTileLanes, kTileLanes, end - lane, o);
     }
   });
-  T* out = head.out + group_head * p.out_stride.h + first_query * p.out_stride.l;
-  finish(p, w, ranges.rows, out, head.lse + group_head * p.Lq + first_query);
+  T* out = static_cast<T*>(p.out) + h * p.out_stride.h + first_query * p.out_stride.l;
+  finish(p, w, ranges.rows, dropout ? dropout.factor : 1, out, p.lse + h * p.lse_stride_h + first_query);
 }
 
-// A task is every `slices`-th block of the query heads that share a key head, the long causal ones first.
+// Every `slices`-th block of the query heads of a sample that share a key head.
+struct Task {
+  int64_t sample, kv_head, slice, slices;
+};
+
+// The work cut into some tasks for each thread, what is long first; but never so finely that a block has none.
+std::vector<Task> tasks_of(const AttentionParams& p, const std::vector<int64_t>& samples, int threads) {
+  constexpr double kTasksPerThread = 8;
+  double all_pairs = 0;
+  for (const int64_t b : samples) all_pairs += static_cast<double>(pairs_of(sample_of(p, b)));
+  std::vector<Task> tasks;
+  for (const int64_t b : samples) {
+    const AttentionParams sample = sample_of(p, b);
+    const int64_t blocks = p.Hkv > 0 ? p.Hq / p.Hkv * blocks_of(sample) : 0;
+    const double share = all_pairs > 0 ? static_cast<double>(pairs_of(sample)) / all_pairs : 0;
+    const double wanted = threads > 1 ? kTasksPerThread * threads * share / static_cast<double>(p.Hkv) + 1 : 1;
+    const int64_t slices = std::min(static_cast<int64_t>(wanted), blocks);
+    for (int64_t kv_head = 0; kv_head < p.Hkv; ++kv_head)
+      for (int64_t slice = 0; slice < slices; ++slice) tasks.push_back({b, kv_head, slice, slices});
+  }
+  return tasks;
+}
+
 template <class T>
-void forward(const AttentionParams& p, int threads) {
-  constexpr int64_t kTasksPerThread = 8;
-  const int64_t blocks = (p.Lq + kBlockM - 1) / kBlockM, all_blocks = p.B * p.Hkv > 0 ? p.Hq / p.Hkv * blocks : 0;
-  const int64_t wanted = threads > 1 ? kTasksPerThread * threads / (p.B * p.Hkv > 0 ? p.B * p.Hkv : 1) + 1 : 1;
-  const int64_t slices = wanted < all_blocks ? wanted : all_blocks;
-  parallel_for(p.B * p.Hkv * slices, threads, [&](int64_t task) {
-    const int64_t b = task / slices / p.Hkv, kv_head = task / slices % p.Hkv;
+void forward(const AttentionParams& p, const std::vector<int64_t>& samples, int threads) {
+  const std::vector<Task> tasks = tasks_of(p, samples, threads);
+  parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t n) {
+    const Task& task = tasks[n];
+    const AttentionParams sample = sample_of(p, task.sample);
+    const int64_t group = p.Hq / p.Hkv, blocks = blocks_of(sample);
     Workspace w;
     w.carve(thread_scratch(w.carve(nullptr, p)), p);
-    const KeyRanges ranges(p, b);
-    const Head<T> head(p, b, kv_head);
+    const KeyRanges ranges(sample);
     if constexpr (kDot<T>) {
-      const int64_t from = ranges.row(0).lo / 2 * 2, to = even_end(ranges.row(p.Lq - 1).hi, p.Lk);
+      const int64_t from = ranges.row(0).lo / 2 * 2, to = even_end(ranges.row(sample.Lq - 1).hi, sample.Lk);
       const int64_t stride = p.value_stride.l;
+      const T* value = static_cast<const T*>(sample.value) + task.kv_head * p.value_stride.h;
       if (from < to && !p.block_table)
-        interleave_rows(head.values.first + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv, p.Dv);
+        interleave_rows(value + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv, p.Dv);
     }
-    for (int64_t i = task % slices; i < all_blocks; i += slices)
-      forward_block(p, w, ranges, head, i / blocks, (blocks - 1 - i % blocks) * kBlockM);
+    for (int64_t i = task.slice; i < group * blocks; i += task.slices)  // the long causal ones first
+      forward_block<T>(sample, w, ranges, task.kv_head * group + i / blocks, (blocks - 1 - i % blocks) * kBlockM);
   });
 }
 
@@ -214,12 +227,22 @@ void forward(const AttentionParams& p, int threads) {
 
 void attention_forward(const AttentionParams& p, int threads) {
   // Waking a thread costs more than it brings below some 100 microseconds of work, or of reading keys.
-  const double pairs = 2.0 * static_cast<double>(p.Lk * (p.D + p.Dv));
-  const double flops = pairs * static_cast<double>(p.B * p.Hq * p.Lq), reads = pairs * static_cast<double>(p.B * p.Hkv);
-  if (flops < 5e6 && reads < 1e6) threads = 1;
+  double pairs = 0, keys = 0;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const AttentionParams sample = sample_of(p, b);
+    pairs += static_cast<double>(p.Hq * pairs_of(sample));
+    keys += static_cast<double>(p.Hkv * sample.Lk);
+  }
+  const double flops = 2.0 * static_cast<double>(p.D + p.Dv);
+  if (flops * pairs < 5e6 && flops * keys < 1e6) threads = 1;
   // Of pages the number says nothing of the length: other samples of the batch may need them.
-  if (p.Lq <= kDecodeQueries && (p.Lk > kDecodeKeys || p.block_table)) return attention_decode(p, threads);
-  with_dtype(p.dtype, [&](auto element) { forward<decltype(element)>(p, threads); });
+  const auto is_decode = [](const AttentionParams& s) {
+    return s.Lq <= kDecodeQueries && (s.Lk > kDecodeKeys || s.block_table) && s.dropout_threshold == 0;
+  };
+  const auto few = longest_first(p, is_decode);
+  const auto many = longest_first(p, [&](const AttentionParams& sample) { return !is_decode(sample); });
+  if (!few.empty()) attention_decode(p, few, threads);
+  with_dtype(p.dtype, [&](auto element) { forward<decltype(element)>(p, many, threads); });
 }
 
 }  // namespace pyattn::PYATTN_ISA

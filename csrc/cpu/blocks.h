@@ -8,6 +8,8 @@ namespace {
 
 constexpr int kStrip = 16;
 
+PYATTN_INLINE int64_t blocks_of(const AttentionParams& sample) { return (sample.Lq + kBlockM - 1) / kBlockM; }
+
 // The key ranges of a block of queries, [lo[i], hi[i]) each; both ends rise with the query.
 struct BlockRanges {
   int rows;        // queries of the block
@@ -105,6 +107,31 @@ struct HiddenRows {
   }
 };
 
+// What the scores of one head of one sample are made of, beside the products.
+struct HeadTerms {
+  Softcap softcap;
+  float slope;
+  const char* mask;  // of the head, or null
+
+  HeadTerms(const AttentionParams& p, int64_t h)
+      : slope(p.alibi_slopes ? p.alibi_slopes[h] * kLog2e : 0), mask(static_cast<const char*>(p.mask)) {
+    if (p.softcap != 0) softcap = {p.softcap * kLog2e, 1 / (p.softcap * kLog2e)};
+    if (mask) mask += h * p.mask_stride_h * size_of(p.mask_dtype);
+  }
+
+  // For the keys from `key` on and the block's lanes from `lane` on, which lie in one tile; `bias` is that of the tile.
+  ScoreTerms terms(const BlockRanges& ranges, const KeyRanges& key_ranges, int64_t first_query, int lane, int64_t key,
+                   bool masked, const float* bias) const {
+    return {softcap,
+            slope,
+            static_cast<float>(first_query + lane + key_ranges.offset - key),
+            mask ? bias + lane % kTileLanes : nullptr,
+            masked ? ranges.lo + lane : nullptr,
+            ranges.hi + lane,
+            static_cast<int32_t>(key)};
+  }
+};
+
 // The keys, or values, of one head of one sample: one after the other, or in pages.
 template <class T>
 struct KeyRows {
@@ -113,13 +140,13 @@ struct KeyRows {
   const int32_t* pages;  // of this sample, or null
   int64_t page_size, page_stride, length;
 
-  KeyRows(const AttentionParams& p, const void* tensor, const Strides& strides, int64_t b, int64_t kv_head)
-      : first(static_cast<const T*>(tensor) + kv_head * strides.h + (p.block_table ? 0 : b * strides.b)),
+  KeyRows(const AttentionParams& p, const void* tensor, const Strides& strides, int64_t kv_head)
+      : first(static_cast<const T*>(tensor) + kv_head * strides.h),
         stride(strides.l),
-        pages(p.block_table ? p.block_table + b * (p.Lk / p.page_size) : nullptr),
+        pages(p.block_table),
         page_size(p.page_size),
         page_stride(strides.b),
-        length(p.kv_lengths ? p.kv_lengths[b] : p.Lk) {}
+        length(p.kv_lengths ? *p.kv_lengths : p.Lk) {}
 
   // Calls visit(index, row) for keys [key, key + count). In pages, `row` is null past the length: no page is there.
   template <class Visit>

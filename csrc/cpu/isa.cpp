@@ -1,7 +1,5 @@
 #include "isa.h"
 
-#include <stdexcept>
-
 namespace pyattn {
 
 const std::vector<CpuKernels>& available_kernels() {
@@ -28,15 +26,6 @@ const std::vector<CpuKernels>& available_kernels() {
     return list;
   }();
   return kernels;
-}
-
-const CpuKernels& kernels_for(const std::string& isa) {
-  std::string names;
-  for (const CpuKernels& kernels : available_kernels()) {
-    if (isa == kernels.isa) return kernels;
-    names += names.empty() ? kernels.isa : std::string(", ") + kernels.isa;
-  }
-  throw std::invalid_argument("isa must be one that this processor runs (" + names + "), got '" + isa + "'");
 }
 
 }  // namespace pyattn

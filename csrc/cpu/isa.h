@@ -1,6 +1,6 @@
 // The instruction sets that the kernels are compiled for, and the choice among them at run time.
 #pragma once
-#include <string>
+#include <cstdint>
 #include <vector>
 
 #include "../params.h"
@@ -11,11 +11,10 @@ namespace pyattn {
 constexpr int kBlockM = 64;
 constexpr int kBlockN = 192;
 
-// The forward of so few queries against more keys than these, or against pages, is computed by attention_decode.
+// The forward of so few queries against more keys than these, or against pages, and without dropout, is computed by
+// attention_decode.
 constexpr int kDecodeQueries = 16;
 constexpr int kDecodeKeys = 64;
-
-constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
 
 // What every instruction set provides. `peak_gflops` measures the rate of multiply-adds of one thread, with
 // the bfloat16 dot product where `dtype` is bfloat16 and there is one.
@@ -26,12 +25,12 @@ struct CpuKernels {
   double (*peak_gflops)(DType dtype);
 };
 
-#define PYATTN_DECLARE(ISA)                                             \
-  namespace ISA {                                                       \
-  void attention_forward(const AttentionParams&, int threads);          \
-  void attention_backward(const AttentionBackwardParams&, int threads); \
-  void attention_decode(const AttentionParams&, int threads);           \
-  double peak_gflops(DType dtype);                                      \
+#define PYATTN_DECLARE(ISA)                                                                        \
+  namespace ISA {                                                                                  \
+  void attention_forward(const AttentionParams&, int threads);                                     \
+  void attention_backward(const AttentionBackwardParams&, int threads);                            \
+  void attention_decode(const AttentionParams&, const std::vector<int64_t>& samples, int threads); \
+  double peak_gflops(DType dtype);                                                                 \
   }
 PYATTN_DECLARE(avx512_bf16)
 PYATTN_DECLARE(avx512)
@@ -41,8 +40,5 @@ PYATTN_DECLARE(portable)
 
 // Those compiled in that this processor can run, best first.
 const std::vector<CpuKernels>& available_kernels();
-
-// The kernels of `isa`; throws std::invalid_argument, naming those there are, where it is not available.
-const CpuKernels& kernels_for(const std::string& isa);
 
 }  // namespace pyattn

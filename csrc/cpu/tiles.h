@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "dropout.h"
 #include "isa.h"
 #include "vec.h"
 
@@ -19,8 +20,23 @@ constexpr int kTileLanes = kPanel * kMaxPanels;
 constexpr int kMaxSum = 128;  // words of a score that are summed in one go
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+alignas(64) constexpr float kLaneNumbers[] = {
+    0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+    22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+    44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63,
+};
+
 PYATTN_INLINE int min_int(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 PYATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Scores become limit * tanh(score / limit).
+struct Softcap {
+  float limit = 0;  // 0: none
+  float inverse = 0;
+
+  // tanh(x / limit)
+  PYATTN_INLINE vf ratio(vf x) const { return tanh(x * broadcast(inverse)); }
+};
 
 template <bool kIsDot>
 PYATTN_INLINE vf multiply_add(vf c, vf a, vf b) {
@@ -218,26 +234,63 @@ void add_products(const char* a, int64_t a_row, int rows, B b, int words, float*
     if (vecs > 0) add_products<kIsDot, kVecs - 1>(a, a_row, rows, b, words, sums, sums_row, vecs);
 }
 
-// Scores plus bias, -inf where masked; `largest` anew. A masked score may have been NaN.
+// What makes scores of the products scale * q . k, in this order; what is 0 or null is left out. Rows are keys, and
+// count from the first of a tile.
+struct ScoreTerms {
+  Softcap softcap;
+  float slope;             // ALiBi: -slope * |position of the lane's query - row|
+  float position;          // of the query of lane 0
+  const float* bias;       // [row][kTileLanes]
+  const int32_t *lo, *hi;  // [lane]: the keys that each query may see
+  int32_t key;             // of row 0
+
+  bool any() const { return softcap.limit != 0 || slope != 0 || bias || lo; }
+};
+
+// The scores of rows [first, first + rows), which lie `stride` floats apart from s on, and -inf where masked: a masked
+// score may have been NaN. Raises `largest` to them. The derivatives of the softcap go to `softcap_slope`, unless that
+// is null.
 template <int kVecs>
-PYATTN_INLINE void mask_scores(float* s, const float* bias, const int32_t* lo, const int32_t* hi, int32_t key, int keys,
-                               vf (&largest)[kVecs]) {
+PYATTN_INLINE void finish_scores(float* s, int64_t stride, int first, int rows, const ScoreTerms& terms,
+                                 vf (&largest)[kVecs], float* softcap_slope = nullptr) {
   const vf minus_inf = broadcast(-kInf);
+  for (int r = first; r < first + rows; ++r, s += stride) {
+    vf x[kVecs];
 #pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) largest[j] = minus_inf;
-  for (int r = 0; r < keys; ++r) {
-    const vi this_key = broadcast(key + r);
+    for (int j = 0; j < kVecs; ++j) x[j] = load(s + j * kLanes);
+    if (terms.softcap.limit != 0) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        const vf ratio = terms.softcap.ratio(x[j]);
+        x[j] = broadcast(terms.softcap.limit) * ratio;
+        if (softcap_slope) store(softcap_slope + (r - first) * stride + j * kLanes, 1 - ratio * ratio);
+      }
+    }
+    if (terms.slope != 0) {
+      const float position = terms.position - static_cast<float>(r);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        const vf distance = load(kLaneNumbers + j * kLanes) + broadcast(position);
+        x[j] -= broadcast(terms.slope) * max(distance, -distance);
+      }
+    }
+    if (terms.bias) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        const vf bias = load(terms.bias + r * kTileLanes + j * kLanes);
+        x[j] = bias == minus_inf ? minus_inf : x[j] + bias;
+      }
+    }
+    if (terms.lo) {
+      const vi key = broadcast(terms.key + r);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j)
+        x[j] = (key >= load(terms.lo + j * kLanes)) & (key < load(terms.hi + j * kLanes)) ? x[j] : minus_inf;
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
-      float* score = s + r * kTileLanes + j * kLanes;
-      vf x = load(score);
-      if (bias) {
-        const vf b = load(bias + r * kTileLanes + j * kLanes);
-        x = b == minus_inf ? minus_inf : x + b;
-      }
-      x = (this_key >= load(lo + j * kLanes)) & (this_key < load(hi + j * kLanes)) ? x : minus_inf;
-      largest[j] = max(largest[j], x);
-      store(score, x);
+      largest[j] = max(largest[j], x[j]);
+      store(s + j * kLanes, x[j]);
     }
   }
 }
@@ -283,6 +336,21 @@ PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], 
 #pragma GCC unroll 4
   for (int j = 0; j < kVecs; ++j)
     store(row_sum + j * kLanes, load(row_sum + j * kLanes) * load(alpha + j * kLanes) + sum[j]);
+}
+
+// The weights of keys [key, key + keys), as softmax_step leaves them, for the lanes from query `query` on: 0 where
+// dropped.
+template <bool kIsDot, int kVecs>
+PYATTN_INLINE void drop_weights(const Dropout& dropout, int64_t query, int64_t key, int keys, float* s) {
+  dropout.for_pairs<kVecs>(query, key, keys, [&](int r, int j, vi keep, vi keep_next) __attribute__((always_inline)) {
+    float* weight = s + (kIsDot ? r / 2 : r) * kTileLanes + j * kLanes;
+    if constexpr (kIsDot) {
+      store(weight, (vf)((vi)load(weight) & ((keep & 0xffff) | (keep_next << 16))));
+    } else {
+      store(weight, (vf)((vi)load(weight) & keep));
+      if (r + 1 < keys) store(weight + kTileLanes, (vf)((vi)load(weight + kTileLanes) & keep_next));
+    }
+  });
 }
 
 }  // namespace

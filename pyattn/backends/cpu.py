@@ -7,14 +7,15 @@ is taken. torch's thread count is obeyed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_shape
 
 try:
     from pyattn import _native
@@ -24,13 +25,10 @@ except ImportError as error:  # reported by `unavailable`, never at import
 
 MAX_HEAD_DIM = 512
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # the codes of csrc/params.h
-_LATER = {  # members of the spec without a kernel
-    "alibi_slopes": "ALiBi",
-    "sinks": "sinks",
-    "cu_seqlens_q": "packed sequences",
-}
 _UNLIMITED = -1
-_NO_SIZES: tuple[int, ...] = (0, 0, 0, 0)
+_NO_SIZES = (0, 0, 0, 0)
+_NO_FAMILY = (None,) * 10  # attn_mask to dropout_seed of AttentionTensors
+_NO_ADDRESSES = (0,) * 9
 
 
 def available_isas() -> list[str]:
@@ -46,6 +44,7 @@ def _choose_isa() -> str:
 
 
 _isa = _choose_isa()
+_isa_index = available_isas().index(_isa) if _native else 0
 
 
 def isa() -> str:
@@ -56,14 +55,16 @@ def isa() -> str:
 @contextlib.contextmanager
 def use_isa(name: str) -> Iterator[None]:
     """Runs the kernels of another instruction set within a ``with`` block, for tests and benchmarks."""
-    global _isa
-    if name not in available_isas():
-        raise ValueError(f"name must be one of {', '.join(available_isas())} on this processor, got {name!r}")
-    before, _isa = _isa, name
+    global _isa, _isa_index
+    isas = available_isas()
+    if name not in isas:
+        raise ValueError(f"name must be one of {', '.join(isas)} on this processor, got {name!r}")
+    before = _isa, _isa_index
+    _isa, _isa_index = name, isas.index(name)
     try:
         yield
     finally:
-        _isa = before
+        _isa, _isa_index = before
 
 
 def peak_gflops(dtype: torch.dtype, threads: int = 1) -> float:
@@ -72,7 +73,7 @@ def peak_gflops(dtype: torch.dtype, threads: int = 1) -> float:
     For bfloat16 that of the dot-product instruction where the instruction set in use has it; a core's rate times
     ``threads``.
     """
-    return threads * _native.peak_gflops(_isa, _DTYPES[dtype])
+    return threads * _native.peak_gflops(_isa_index, _DTYPES[dtype])
 
 
 def scratch_peak_bytes(reset: bool = False) -> int:
@@ -86,7 +87,7 @@ def unavailable() -> list[str]:
 
 def why_not(problem: Problem) -> list[str]:
     reasons = []
-    spec, dtype = problem.spec, problem.query.dtype
+    dtype = problem.query.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"computes in float32, the input is {str(dtype).removeprefix('torch.')}")
     for name, meta in (("D", problem.query), ("Dv", problem.value)):
@@ -94,11 +95,8 @@ def why_not(problem: Problem) -> list[str]:
             reasons.append(f"{name} must lie in [1, {MAX_HEAD_DIM}], it is {meta.shape[-1]}")
     if problem.key_length >= 2**31:
         reasons.append("counts keys in 32 bits")
-    if spec.softcap:
-        reasons.append("has no kernel for softcap yet")
-    if spec.dropout_p:
-        reasons.append("has no kernel for dropout yet")
-    reasons += [f"has no kernel for {what} yet" for name, what in _LATER.items() if problem.has(name)]
+    if problem.op == "backward" and problem.has("block_table"):
+        reasons.append("has no gradient of paged keys")
     return reasons
 
 
@@ -114,62 +112,111 @@ def describe(problem: Problem) -> str:
     return f"{_isa}, {how}, {torch.get_num_threads()} threads"
 
 
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of batch, head, row and element; a packed batch has rows only."""
+    stride = x.stride()
+    return stride if len(stride) == 4 else (0, stride[1], stride[0], stride[2])
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    query_shape: tuple[int, ...],
+    query_stride: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    key_stride: tuple[int, ...],
+    value_shape: tuple[int, ...],
+    value_stride: tuple[int, ...],
+    mask_dtype: torch.dtype = torch.bool,
+    mask_stride: tuple[int, ...] = _NO_SIZES,
+    slopes_by_sample: bool = False,
+    table_shape: tuple[int, ...] | None = None,
+    batch: int | None = None,  # of packed queries
+) -> _native.AttentionPlan:
+    """All of a call but its tensors."""
+    page_size = 0
+    if batch is None:
+        B, Hq, Lq, D = query_shape
+        lse_stride = (Hq * Lq, Lq)
+    else:
+        B, Lq = batch, 0
+        total_q, Hq, D = query_shape
+        lse_stride = (0, total_q)
+    Hkv, Lk = key_shape[1], key_shape[2] if len(key_shape) == 4 else 0
+    if table_shape is not None:
+        page_size, Lk = Lk, Lk * table_shape[1]
+    return _native.AttentionPlan(
+        dtype=_DTYPES[dtype],
+        sizes=(B, Hq, Hkv, Lq, Lk, D, value_shape[-1]),
+        query_stride=query_stride,
+        key_stride=key_stride,
+        value_stride=value_stride,
+        lse_stride=lse_stride,
+        mask_dtype=_DTYPES[mask_dtype],
+        mask_stride=mask_stride,
+        alibi_stride_b=Hq if slopes_by_sample else 0,
+        page_size=page_size,
+        q_offset=spec.q_offset,
+        window_left=_UNLIMITED if spec.window_left is None else spec.window_left,
+        window_right=_UNLIMITED if spec.window_right is None else spec.window_right,
+        scale=spec.scale,
+        softcap=spec.softcap,
+        dropout_threshold=spec.dropout_threshold,
+    )
+
+
+class _Call(NamedTuple):
+    """What both kernels take."""
+
+    plan: _native.AttentionPlan
+    addresses: tuple[int, ...]  # in the order of `Addresses` in csrc/bindings.cpp
+    seed: int
+    alive: tuple[Tensor | None, ...]  # copies that some addresses belong to
+
+
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _int64(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.int64).contiguous()
+def _call(spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse: Tensor) -> _Call:
+    query, key, value = t.query, t.key, t.value
+    metadata = (spec, query.dtype, query.shape, _strides(query), key.shape, _strides(key), value.shape, _strides(value))
+    addresses = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr())
+    if t[3:] == _NO_FAMILY:
+        return _Call(_plan(*metadata), addresses + _NO_ADDRESSES, 0, ())
 
+    def copied(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None if x is None else x.detach().to(dtype).contiguous()
 
-def _arguments(
-    spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse: Tensor
-) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    """What both kernels take, in the order of ``attention_params`` in csrc/bindings.cpp; and what must outlive it."""
-    query, key, value, mask = t.query, t.key, t.value, t.attn_mask
-    B, Hq, Lq, D = query.shape
-    _, Hkv, Lk, Dv = value.shape
-    block_table, page_size = t.block_table, 0
-    if block_table is not None:
-        block_table, page_size = block_table.contiguous(), Lk
-        Lk *= block_table.shape[1]
-    mask_dtype, mask_stride = 0, _NO_SIZES
+    mask, table = t.attn_mask, t.block_table
+    mask_meta: tuple[Any, ...] = (torch.bool, _NO_SIZES)
     if mask is not None:
-        mask_dtype, mask_stride = _DTYPES[mask.dtype], mask.expand(B, Hq, Lq, Lk).stride()
-    q_offsets, lengths, starts = _int64(t.q_offset), _int64(t.kv_lengths), _int64(t.kv_starts)
-    arguments = (
-        _DTYPES[query.dtype],
-        (B, Hq, Hkv, Lq, Lk, D, Dv),
-        query.data_ptr(),
-        query.stride(),
-        key.data_ptr(),
-        key.stride(),
-        value.data_ptr(),
-        value.stride(),
-        out.data_ptr(),
-        out.stride(),
-        lse.data_ptr(),
-        _address(mask),
-        mask_dtype,
-        mask_stride,
-        _address(block_table),
-        page_size,
-        _address(q_offsets),
-        _address(lengths),
-        _address(starts),
-        spec.q_offset,
-        _UNLIMITED if spec.window_left is None else spec.window_left,
-        _UNLIMITED if spec.window_right is None else spec.window_right,
-        spec.scale,
+        Lk = key.shape[2] * (1 if table is None else table.shape[1])
+        mask_meta = (mask.dtype, mask.expand(*query.shape[:3], Lk).stride())
+    slopes = copied(t.alibi_slopes, torch.float32)
+    small = (
+        slopes,
+        copied(t.sinks, torch.float32),
+        *(copied(x, torch.int64) for x in (t.q_offset, t.kv_lengths, t.kv_starts)),
+        *(copied(x, torch.int32) for x in (table, t.cu_seqlens_q, t.cu_seqlens_k)),
     )
-    return arguments, (block_table, q_offsets, lengths, starts)
+    plan = _plan(
+        *metadata,
+        *mask_meta,
+        slopes is not None and slopes.dim() == 2,
+        None if table is None else table.shape,
+        None if t.cu_seqlens_q is None else t.cu_seqlens_q.shape[0] - 1,
+    )
+    seed = 0 if t.dropout_seed is None else int(t.dropout_seed)
+    return _Call(plan, (*addresses, _address(mask), *(_address(x) for x in small)), seed, small)
 
 
 def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
     out = empty_output(t.query, t.value.shape[-1])
-    lse = torch.empty(t.query.shape[:3], dtype=torch.float32)
-    arguments, _alive = _arguments(spec, t, out, lse)
-    _native.attention_forward(_isa, torch.get_num_threads(), *arguments)
+    lse = torch.empty(lse_shape(t.query), dtype=torch.float32)
+    call = _call(spec, t, out, lse)
+    call.plan.forward(_isa_index, torch.get_num_threads(), call.addresses, _strides(out), call.seed)
     return out, lse
 
 
@@ -181,31 +228,26 @@ def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     needs_mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     out, grad_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (out, grad_out))
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grads = [torch.empty_like(x) for x in (t.query, t.key, t.value)]
+    grads = torch.empty_like(t.query), torch.empty_like(t.key), torch.empty_like(t.value)
     grad_mask, mask_sizes = None, _NO_SIZES
     if needs_mask_grad:
         assert t.attn_mask is not None
         grad_mask = torch.empty(t.attn_mask.shape, dtype=t.attn_mask.dtype)
         mask_sizes = (1,) * (4 - grad_mask.dim()) + grad_mask.shape
-    arguments, _alive = _arguments(spec, t, out, lse)
-    _native.attention_backward(
-        _isa,
+    grad_sinks = None if t.sinks is None else torch.empty(t.sinks.shape, dtype=torch.float32)
+    call = _call(spec, t, out, lse)
+    call.plan.backward(
+        _isa_index,
         torch.get_num_threads(),
-        grad_out.data_ptr(),
-        grad_out.stride(),
-        _address(grad_lse),
-        grads[0].data_ptr(),
-        grads[0].stride(),
-        grads[1].data_ptr(),
-        grads[1].stride(),
-        grads[2].data_ptr(),
-        grads[2].stride(),
-        _address(grad_mask),
+        call.addresses,
+        _strides(out),
+        call.seed,
+        tuple([_address(x) for x in (grad_out, grad_lse, *grads, grad_mask, grad_sinks)]),
+        tuple([_strides(x) for x in (grad_out, *grads)]),
         mask_sizes,
-        *arguments,
     )
-    return *grads, grad_mask, None  # type: ignore[return-value]
+    return *grads, grad_mask, None if grad_sinks is None else grad_sinks.to(t.sinks.dtype)  # type: ignore[union-attr]
