@@ -35,10 +35,13 @@ class Explanation:
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs of one head of one sample that the spec's integers leave; tensors are not read."""
+        """Query-key pairs of one head of one sample that the spec's integers leave; tensors are not read.
+
+        A packed batch counts as if each query saw all keys: what its sequences are stands in tensors.
+        """
         spec, problem = self.problem.spec, self.problem
         Lq, Lk = problem.query_length, problem.key_length
-        if problem.has("q_offset") or (spec.window_left is None and spec.window_right is None):
+        if problem.packed or problem.has("q_offset") or (spec.window_left is None and spec.window_right is None):
             return Lq * Lk
         offset = Lk - Lq if spec.q_offset is None else spec.q_offset
         total = 0
@@ -51,7 +54,7 @@ class Explanation:
     @property
     def flops(self) -> int:
         """Multiplications and additions of the forward's two matrix products."""
-        B, Hq = self.problem.query.shape[:2]
+        B, Hq = (1, self.problem.query.shape[1]) if self.problem.packed else self.problem.query.shape[:2]
         return 2 * B * Hq * self.pairs * (self.problem.query.shape[-1] + self.problem.value.shape[-1])
 
     @property

@@ -186,6 +186,66 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    q_offset: int | Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> tuple[AttentionSpec, AttentionTensors]:
+    """The checked spec and tensors of a packed call."""
+    paged = block_table is not None
+    checks.check_qkv(query, key, value, packed=True, paged=paged)
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query, None)
+    batch = cu_seqlens_q.shape[0] - 1
+    if paged:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k must be None with block_table: kv_lengths gives the keys in use")
+    else:
+        checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query, batch)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None and checks.check_int(name, longest) < 0:
+            raise ValueError(f"{name} must be at least 0, got {longest}")
+    tensors = AttentionTensors(
+        query,
+        key,
+        value,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        kv_starts=kv_starts,
+        block_table=block_table,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    return _spec(
+        tensors,
+        batch,
+        causal=causal,
+        window=window,
+        q_offset=q_offset,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        scale=scale,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+
+
 def attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -237,41 +297,25 @@ def attention_varlen(
     """
     backend = dispatch.check_backend(backend)
     checks.check_bool("return_lse", return_lse)
-    paged = block_table is not None
-    checks.check_qkv(query, key, value, packed=True, paged=paged)
-    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query, None)
-    batch = cu_seqlens_q.shape[0] - 1
-    if paged:
-        if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_k must be None with block_table: kv_lengths gives the keys in use")
-    else:
-        checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query, batch)
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None and checks.check_int(name, longest) < 0:
-            raise ValueError(f"{name} must be at least 0, got {longest}")
-    tensors = AttentionTensors(
+    spec, tensors = _packed(
         query,
         key,
         value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal=causal,
+        window=window,
+        q_offset=q_offset,
         alibi_slopes=alibi_slopes,
+        softcap=softcap,
         sinks=sinks,
         kv_lengths=kv_lengths,
         kv_starts=kv_starts,
         block_table=block_table,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )
-    spec, tensors = _spec(
-        tensors,
-        batch,
-        causal=causal,
-        window=window,
-        q_offset=q_offset,
-        softcap=softcap,
         dropout_p=dropout_p,
         scale=scale,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
     )
     out, lse = ops.attention(spec, tensors, backend)
     return (out, lse) if return_lse else out
@@ -421,8 +465,8 @@ def explain(
 ) -> Explanation:
     """Which backend computes this call, and every reason why the others do not. Nothing is computed.
 
-    Takes the arguments of ``attention``. Print the result; its ``chosen`` names the backend of each op, ``rows``
-    holds the table, ``flops`` and ``bytes`` the work of the forward.
+    Takes the arguments of ``attention``, or those of ``attention_varlen``. Print the result; its ``chosen`` names the
+    backend of each op, ``rows`` holds the table, ``flops`` and ``bytes`` the work of the forward.
 
     Example:
         >>> import torch, pyattn
@@ -431,7 +475,8 @@ def explain(
         'reference'
     """
     name = dispatch.check_backend(backend)
-    spec, tensors = _dense(query, key, value, **arguments)
+    prepare = _packed if "cu_seqlens_q" in arguments else _dense
+    spec, tensors = prepare(query, key, value, **arguments)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     problems = [Problem.of("forward", spec, tensors)]
     if needs_grad:

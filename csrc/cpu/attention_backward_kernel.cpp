@@ -122,36 +122,37 @@ __attribute__((noinline)) void finish_weights(const Workspace& w, const ScoreTer
   const vf minus_inf = broadcast(-kInf);
   vf largest[kVecs] = {};
   finish_scores<kVecs>(weights, kBlockM, first, rows, terms, largest, has_softcap ? w.slope + lane : nullptr);
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
-      const int at = r * kBlockM + j * kLanes, in_segment = (first + r) * kBlockM + lane + j * kLanes;
-      const vf score = load(weights + at);
-      const vi masked = score == minus_inf;  // beside a NaN: the row's lse and dP may be one
-      const vf weight = masked ? vf{} : exp2(score - load(w.lse + lane + j * kLanes));
-      vf kept = weight, dp = load(w.dp + lane + at);
-      if (dropout) {
-        const vi keep = load(w.keep + in_segment);
-        kept = (vf)((vi)kept & keep);
-        dp = (vf)((vi)(dp * broadcast(dropout.factor)) & keep);
-      }
-      vf ds = weight * (dp - load(w.delta + lane + j * kLanes));
-      ds = masked ? vf{} : ds;
-      if (grad_bias) store(grad_bias + in_segment, load(grad_bias + in_segment) + ds);
-      if (has_softcap) ds *= load(w.slope + lane + at);
-      store(kIsDot ? w.dp + lane + at : w.ds + in_segment, ds);
-      store(weights + at, kept);
-      if constexpr (kIsDot) store_weights(w.p_half + in_segment, kept);
+  const auto finish = [&](int r, int j) __attribute__((always_inline)) {
+    const int at = r * kBlockM + j * kLanes, in_segment = (first + r) * kBlockM + lane + j * kLanes;
+    const vf score = load(weights + at);
+    const vi masked = score == minus_inf;  // beside a NaN: the row's lse and dP may be one
+    const vf weight = masked ? vf{} : exp2(score - load(w.lse + lane + j * kLanes));
+    vf kept = weight, dp = load(w.dp + lane + at);
+    if (dropout) {
+      const vi keep = load(w.keep + in_segment);
+      kept = (vf)((vi)kept & keep);
+      dp = (vf)((vi)(dp * broadcast(dropout.factor)) & keep);
     }
-  }
-  for (int r = 0; kIsDot && r < rows; r += 2) {
+    vf ds = weight * (dp - load(w.delta + lane + j * kLanes));
+    ds = masked ? vf{} : ds;
+    if (grad_bias) store(grad_bias + in_segment, load(grad_bias + in_segment) + ds);
+    if (has_softcap) ds *= load(w.slope + lane + at);
+    if constexpr (kIsDot)
+      store_weights(w.p_half + in_segment, kept);
+    else
+      store(weights + at, kept);
+    return ds;
+  };
+  for (int r = 0; r < rows; r += kIsDot ? 2 : 1) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
-      const float* ds = w.dp + r * kBlockM + lane + j * kLanes;
-      if (r + 1 < rows)
-        store_ds_pair<true>(w, first + r, lane + j * kLanes, load(ds), load(ds + kBlockM));
+      const vf ds = finish(r, j);
+      if constexpr (!kIsDot)
+        store(w.ds + (first + r) * kBlockM + lane + j * kLanes, ds);
+      else if (r + 1 < rows)
+        store_ds_pair<true>(w, first + r, lane + j * kLanes, ds, finish(r + 1, j));
       else
-        store_ds_pair<false>(w, first + r, lane + j * kLanes, load(ds), vf{});
+        store_ds_pair<false>(w, first + r, lane + j * kLanes, ds, vf{});
     }
   }
 }
@@ -169,7 +170,7 @@ __attribute__((noinline)) void weights_step(const AttentionBackwardParams& p, co
   const float* q = w.q + tile * query_words<kIsDot>(D) * kTileLanes + in_tile;
   const float* grad_out = w.grad_out + tile * query_words<kIsDot>(Dv) * kTileLanes + in_tile;
   const float *lse = w.lse + lane, *delta = w.delta + lane;
-  const vf scale = broadcast(p.scale * kLog2e);
+  const vf scale = broadcast(terms.scale);
   alignas(64) float partial[kMaxRows * kTileLanes];
 
   if (!kPlain && dropout) {
@@ -334,8 +335,7 @@ struct Block {
       const int tile = begin / kTileLanes * kTileLanes;
       if (head.mask)
         load_bias(p, head.mask, first_query + tile, segment.first, ranges.rows - tile, segment.count, w.bias);
-      const ScoreTerms terms =
-          head.terms(ranges, key_ranges, first_query, begin, segment.first, segment.masked, w.bias);
+      const auto terms = head.terms(ranges, key_ranges, first_query, begin, segment.first, segment.masked, w.bias);
       call_weights_step<kDot<T>>((tile_end - begin) / kPanel, p, w, terms, dropout, segment, first_query + begin, begin,
                                  grad_bias);
       begin = tile_end;

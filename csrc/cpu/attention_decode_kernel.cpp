@@ -292,7 +292,7 @@ struct Head {
     const int whole = static_cast<int>(round_up(now.count, kLanes));
     const Operand* pointers[kStep];
     const Operand* const* rows = operands(now.rows, next.rows, whole, p.D, w.q_row, w.k, pointers);
-    const vf scale = broadcast(p.scale * kLog2e);
+    const vf scale = broadcast(HeadTerms(p, first_head).scale);
     for (int r = 0; r < whole; r += kLanes) {
       const Operand* q = static_cast<const Operand*>(w.q);
       for (int i = 0, asked = 0; i < num_rows; ++i, q += w.q_row) {
@@ -312,7 +312,7 @@ struct Head {
       return now.rows[r];
     };
     pack_rows<T>(row, now.count, D, w.k);
-    const vf scale = broadcast(p.scale * kLog2e);
+    const vf scale = broadcast(HeadTerms(p, first_head).scale);
     alignas(64) float partial[kMaxRows * kTileLanes];
     const int64_t row_bytes = w.q_row * static_cast<int64_t>(sizeof(Operand));
     for (int first = 0; first < now.count; first += kTileLanes) {
@@ -343,9 +343,7 @@ struct Head {
     for (int i = 0; i < num_rows; ++i) {
       float* s = w.s + i * kRow + at;
       const HeadTerms head(p, head_of(i));
-      if (head.softcap.limit != 0)
-        for (int r = 0; r < count; r += kLanes)
-          store(s + r, broadcast(head.softcap.limit) * head.softcap.ratio(load(s + r)));
+      for (int r = 0; head.softcap.limit != 0 && r < count; r += kLanes) store(s + r, head.softcap(load(s + r)));
       if (head.slope != 0) {
         const float position = static_cast<float>(first + at - i % p.Lq - ranges.offset);
         for (int r = 0; r < count; r += kLanes) {

@@ -80,7 +80,7 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
   const float* q = w.q + tile * query_words<kIsDot>(D) * kTileLanes + in_tile;
   float* o = w.o + tile * round_up(Dv, kLanes) * kTileLanes + in_tile;
   float* s = w.s + in_tile;
-  const float scale = p.scale * kLog2e;
+  const float scale = terms.scale;
 
   vf largest[kVecs];
 #pragma GCC unroll 4
@@ -168,7 +168,7 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
       ranges.narrow(first, count, lane, end);
       if (lane >= end) continue;
       if (head.mask) load_bias(p, head.mask, first_query + begin, first, ranges.rows - begin, count, w.bias);
-      const ScoreTerms terms = head.terms(ranges, key_ranges, first_query, lane, first, masked, w.bias);
+      const auto terms = head.terms(ranges, key_ranges, first_query, lane, first, masked, w.bias);
       call_tile_step<kDot<T>>((end - lane) / kPanel, p, w, terms, dropout, segment, first_query + lane, lane);
       float* o = w.o + lane / kTileLanes * round_up(Dv, kLanes) * kTileLanes + lane % kTileLanes;
       segment.v.hidden.add(value, v_stride, Dv, w.s + lane % kTileLanes, kTileLanes, end - lane, o);

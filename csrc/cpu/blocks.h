@@ -110,12 +110,15 @@ struct HiddenRows {
 // What the scores of one head of one sample are made of, beside the products.
 struct HeadTerms {
   Softcap softcap;
+  float scale;  // of the products of queries and keys: to log2 units, or with a softcap to the unit of its limit
   float slope;
   const char* mask;  // of the head, or null
 
   HeadTerms(const AttentionParams& p, int64_t h)
-      : slope(p.alibi_slopes ? p.alibi_slopes[h] * kLog2e : 0), mask(static_cast<const char*>(p.mask)) {
-    if (p.softcap != 0) softcap = {p.softcap * kLog2e, 1 / (p.softcap * kLog2e)};
+      : softcap(p.softcap * kLog2e),
+        scale(p.softcap != 0 ? p.scale / p.softcap : p.scale * kLog2e),
+        slope(p.alibi_slopes ? p.alibi_slopes[h] * kLog2e : 0),
+        mask(static_cast<const char*>(p.mask)) {
     if (mask) mask += h * p.mask_stride_h * size_of(p.mask_dtype);
   }
 
@@ -123,6 +126,7 @@ struct HeadTerms {
   ScoreTerms terms(const BlockRanges& ranges, const KeyRanges& key_ranges, int64_t first_query, int lane, int64_t key,
                    bool masked, const float* bias) const {
     return {softcap,
+            scale,
             slope,
             static_cast<float>(first_query + lane + key_ranges.offset - key),
             mask ? bias + lane % kTileLanes : nullptr,

@@ -56,18 +56,22 @@ PYATTN_INLINE void store_unaligned(float* p, vf x) { *reinterpret_cast<vf_unalig
 PYATTN_INLINE void store(int32_t* p, vi x) { *reinterpret_cast<vi*>(p) = x; }
 PYATTN_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi*>(p); }
 
+// max and min of a NaN in b are that NaN.
 #if defined(PYATTN_AVX512)
 PYATTN_INLINE vf broadcast(float x) { return _mm512_set1_ps(x); }
 PYATTN_INLINE vi broadcast(int32_t x) { return (vi)_mm512_set1_epi32(x); }
 PYATTN_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+PYATTN_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 #elif defined(PYATTN_ISA_AVX2)
 PYATTN_INLINE vf broadcast(float x) { return _mm256_set1_ps(x); }
 PYATTN_INLINE vi broadcast(int32_t x) { return (vi)_mm256_set1_epi32(x); }
 PYATTN_INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
+PYATTN_INLINE vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
 #else
 PYATTN_INLINE vf broadcast(float x) { return vf{x, x, x, x}; }
 PYATTN_INLINE vi broadcast(int32_t x) { return vi{x, x, x, x}; }
 PYATTN_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+PYATTN_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 #endif
 
 // The low 32 bits of each lane times b.
@@ -115,22 +119,14 @@ PYATTN_INLINE vf exp2(vf x) {
 #endif
 }
 
-// A minimax quotient in x on [0, 8.5], beyond which the result is 1; the relative error is 3.3e-7.
-PYATTN_INLINE vf tanh(vf x) {
-  constexpr float p[] = {0.99999998819563832f, 0.13413241658148256f, 3.5340205697322233e-3f, 2.12509402919037e-5f,
-                         1.426908333487152e-8f};
-  constexpr float q[] = {1.f, 0.46746564396936674f, 2.6022727494148603e-2f, 3.348854490058273e-4f,
-                         8.145064323308542e-7f};
-  const vf limit = broadcast(8.5f);
-  x = max(-limit, -max(-limit, -x));  // the operands' order keeps a NaN
-  const vf square = x * x;
-  vf numerator = broadcast(p[4]), denominator = broadcast(q[4]);
-#pragma GCC unroll 8
-  for (int i = 3; i >= 0; --i) {
-    numerator = numerator * square + broadcast(p[i]);
-    denominator = denominator * square + broadcast(q[i]);
-  }
-  return x * numerator / denominator;
+// a / b for a normal b, to an ulp.
+PYATTN_INLINE vf divide(vf a, vf b) {
+#if defined(PYATTN_AVX512)
+  const vf inverse = _mm512_rcp14_ps(b), guess = a * inverse;  // and one step of Newton's: less than a division
+  return guess + (a - b * guess) * inverse;
+#else
+  return a / b;
+#endif
 }
 
 // ---- 16-bit floats ----

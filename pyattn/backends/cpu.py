@@ -233,7 +233,8 @@ def backward(
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grads = torch.empty_like(t.query), torch.empty_like(t.key), torch.empty_like(t.value)
-    grad_mask, mask_sizes = None, _NO_SIZES
+    grad_mask: Tensor | None = None
+    mask_sizes: tuple[int, ...] = _NO_SIZES
     if needs_mask_grad:
         assert t.attn_mask is not None
         grad_mask = torch.empty(t.attn_mask.shape, dtype=t.attn_mask.dtype)
