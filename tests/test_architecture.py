@@ -20,6 +20,7 @@ LEVELS = {
     "tuning": 1,
     "dispatch": 2,
     "checks": 2,
+    "batching": 2,
     "explanation": 3,
     "ops": 3,
     "functional": 4,
