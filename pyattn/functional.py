@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyattn import checks, dispatch, ops, reference
 from pyattn.explanation import Explanation
@@ -320,7 +321,8 @@ def scaled_dot_product_attention(
     checks.check_bool("is_causal", is_causal)
     checks.check_bool("enable_gqa", enable_gqa)
     if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad:
-        scale = scale.item()
+        if forward_ad.unpack_dual(scale).tangent is None:  # else it is refused below: the tangent would be lost
+            scale = scale.item()
     q_offset = 0 if is_causal else None
     if attn_mask is not None:
         checks.check_tensor("attn_mask", attn_mask, (torch.bool, *checks.FLOAT_DTYPES))
