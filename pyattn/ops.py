@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.nested._internal.nested_tensor import NestedTensor
 
-from pyattn import batching, dispatch
+from pyattn import batching, dispatch, nested
 from pyattn.checks import check_values
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_dtype, lse_shape
 
@@ -203,6 +204,12 @@ torch.library.register_fake("pyattn::attention_forward", _forward_fake, lib=_lib
 torch.library.register_fake("pyattn::attention_backward", _backward_fake, lib=_library)
 torch.library.register_vmap("pyattn::attention_forward", _vmapped(_forward_op, batching.forward), lib=_library)
 torch.library.register_vmap("pyattn::attention_backward", _vmapped(_backward_op, batching.backward), lib=_library)
+
+
+@torch.library.register_torch_dispatch("pyattn::attention_forward", NestedTensor, lib=_library)
+def _forward_nested(cls: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    """Reached when only some are nested: ``functional`` unpacks the others. A check there would cost every call."""
+    nested.refuse(*args[:3])
 
 
 def attention(spec: AttentionSpec, t: AttentionTensors, backend: str) -> tuple[Tensor, Tensor]:

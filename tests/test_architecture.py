@@ -21,6 +21,7 @@ LEVELS = {
     "dispatch": 2,
     "checks": 2,
     "batching": 2,
+    "nested": 2,
     "explanation": 3,
     "ops": 3,
     "functional": 4,
