@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from pyattn import flops as _flops  # noqa: F401  (registers itself with torch's counter)
 from pyattn.dispatch import SlowPathWarning
 from pyattn.functional import (
     attention,
@@ -10,6 +11,7 @@ from pyattn.functional import (
     naive_attention,
     scaled_dot_product_attention,
 )
+from pyattn.log import logging
 
 try:
     __version__ = version("pyattn")
@@ -21,6 +23,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "explain",
+    "logging",
     "naive_attention",
     "scaled_dot_product_attention",
 ]

@@ -342,9 +342,8 @@ def scaled_dot_product_attention(
     """
     checks.check_bool("is_causal", is_causal)
     checks.check_bool("enable_gqa", enable_gqa)
-    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad:
-        if forward_ad.unpack_dual(scale).tangent is None:  # else it is refused below: the tangent would be lost
-            scale = scale.item()
+    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad and not _has_tangent(scale):
+        scale = scale.item()
     q_offset = 0 if is_causal else None
     if attn_mask is not None:
         checks.check_tensor("attn_mask", attn_mask, (torch.bool, *checks.FLOAT_DTYPES))
@@ -354,13 +353,19 @@ def scaled_dot_product_attention(
     if isinstance(query, Tensor) and query.is_nested:
         nested.check(query, key, value)
         if not enable_gqa and query.shape[1] != key.shape[1]:
-            raise ValueError(f"key must have the {query.shape[1]} heads of query without enable_gqa, got {key.shape[1]}")
+            raise ValueError(
+                f"key must have the {query.shape[1]} heads of query without enable_gqa, got {key.shape[1]}"
+            )
     elif not _is_plain(query, key, value):
         lead, (query, key, value, attn_mask) = _to_four_dimensions(query, key, value, attn_mask, enable_gqa)
     out = attention(
         query, key, value, causal=is_causal, q_offset=q_offset, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
     )
     return out if lead is None else out.reshape(*lead, *out.shape[-2:])
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -33,7 +33,7 @@ def refuse(*tensors: Any) -> None:
     """Refuses nested tensors where only dense ones make sense."""
     for name, x in zip(("query", "key", "value"), tensors, strict=True):
         if isinstance(x, Tensor) and x.is_nested:
-            raise ValueError(f"{name} must be a dense tensor here, got a nested one: use attention with all three nested")
+            raise ValueError(f"{name} must be a dense tensor here, got a nested one; attention takes all three nested")
 
 
 def to_packed(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nested._internal.nested_tensor import NestedTensor
 
-from pyattn import batching, dispatch, nested
+from pyattn import batching, dispatch, log, nested
 from pyattn.checks import check_values
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_dtype, lse_shape
 
@@ -53,7 +53,10 @@ def _unpack(args: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionTensors]:
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     spec, tensors = _unpack(args)
     check_values(tensors, spec.max_seqlen_q, spec.max_seqlen_k)
-    backend = dispatch.select(Problem.of("forward", spec, tensors), args[-1])
+    problem = Problem.of("forward", spec, tensors)
+    backend = dispatch.select(problem, args[-1])
+    if log.depth:
+        return log.timed(problem, args[-1], lambda: backend.forward(spec, tensors))
     return backend.forward(spec, tensors)
 
 
@@ -68,10 +71,18 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 # ---- backward -----------------------------------------------------------------------------------------------
 
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     spec, tensors = _unpack(args)
-    backend = dispatch.select(Problem.of("backward", spec, tensors), args[-1])
-    dq, dk, dv, dmask, dsinks = backend.backward(spec, tensors, *args[_NUM_ARGS:-1])
+    problem = Problem.of("backward", spec, tensors)
+    backend = dispatch.select(problem, args[-1])
+
+    def run() -> Gradients:
+        return backend.backward(spec, tensors, *args[_NUM_ARGS:-1])
+
+    dq, dk, dv, dmask, dsinks = log.timed(problem, args[-1], run) if log.depth else run()
     # An op cannot return an optional tensor: an empty one stands for "no gradient".
     nothing = [tensors.query.new_empty(0) for _ in range(2)]
     return dq, dk, dv, nothing[0] if dmask is None else dmask, nothing[1] if dsinks is None else dsinks

@@ -217,7 +217,9 @@ def test_what_cannot_be_folded_is_named(case, name):
 @pytest.mark.parametrize("name", ["kv_lengths", "kv_starts", "q_offset"])
 def test_samples_and_sinks_cannot_both_be_folded(name):
     q, sinks = torch.randn(2, 2, 4, 8), torch.randn(2)
-    with pytest.raises(NotImplementedError, match=f"^{name} must be the same for every example of torch.vmap with sink"):
+    with pytest.raises(
+        NotImplementedError, match=f"^{name} must be the same for every example of torch.vmap with sink"
+    ):
         torch.vmap(lambda x: pyattn.attention(q, q, q, sinks=sinks, **{name: x}))(torch.ones(3, 2, dtype=torch.int32))
 
 
