@@ -2,7 +2,6 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from pyattn import flops as _flops  # noqa: F401  (registers itself with torch's counter)
 from pyattn.dispatch import SlowPathWarning
 from pyattn.functional import (
     attention,

@@ -77,7 +77,9 @@ class _WhenImported:
         return spec
 
 
-if _COUNTER in sys.modules:
-    _register(sys.modules[_COUNTER])
-else:
-    sys.meta_path.insert(0, _WhenImported)
+def register() -> None:
+    """Makes the ops' formulas known to torch's counter, now or when it is imported."""
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _WhenImported)

@@ -14,7 +14,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nested._internal.nested_tensor import NestedTensor
 
-from pyattn import batching, dispatch, log, nested
+from pyattn import batching, dispatch, flops, log, nested
 from pyattn.checks import check_values
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_dtype, lse_shape
 
@@ -215,6 +215,7 @@ torch.library.register_fake("pyattn::attention_forward", _forward_fake, lib=_lib
 torch.library.register_fake("pyattn::attention_backward", _backward_fake, lib=_library)
 torch.library.register_vmap("pyattn::attention_forward", _vmapped(_forward_op, batching.forward), lib=_library)
 torch.library.register_vmap("pyattn::attention_backward", _vmapped(_backward_op, batching.backward), lib=_library)
+flops.register()
 
 
 @torch.library.register_torch_dispatch("pyattn::attention_forward", NestedTensor, lib=_library)
