@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nested._internal.nested_tensor import NestedTensor
 
 from pyattn import batching, dispatch, flops, log, nested
-from pyattn.checks import check_values
+from pyattn.checks import check_gradients, check_values
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_dtype, lse_shape
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(
@@ -26,6 +26,7 @@ _SPEC = (
     "SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 _NUM_TENSORS = len(AttentionTensors._fields)
+_ALIBI_SLOPES, _BLOCK_TABLE = (AttentionTensors._fields.index(name) for name in ("alibi_slopes", "block_table"))
 _NUM_ARGS = _NUM_TENSORS + len(AttentionSpec._fields)
 
 _library = torch.library.Library("pyattn", "DEF")
@@ -120,6 +121,14 @@ def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
 class _Attention(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        if ctx.needs_input_grad[_ALIBI_SLOPES] or args[_BLOCK_TABLE] is not None:
+            # Those of a call inside vmap show only here: there no tensor says that it requires a gradient.
+            needed = [
+                name
+                for name, need in zip(AttentionTensors._fields, ctx.needs_input_grad[:_NUM_TENSORS], strict=True)
+                if need
+            ]
+            check_gradients(needed, paged=args[_BLOCK_TABLE] is not None)
         out, lse = _below_autograd(_forward_op, args)
         ctx.save_for_backward(*args[:_NUM_TENSORS], out, lse)
         ctx.numbers = args[_NUM_TENSORS:]
@@ -228,7 +237,7 @@ def attention(spec: AttentionSpec, t: AttentionTensors, backend: str) -> tuple[T
     """``(out, lse)`` of ``torch.ops.pyattn.attention_forward``, differentiable."""
     if (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or torch._C._are_functorch_transforms_active()  # inside vmap requires_grad is always False
         or forward_ad._current_level >= 0
         or t.query.requires_grad
         or t.key.requires_grad

@@ -129,6 +129,18 @@ def test_gradients_through_vmap():
     torch.testing.assert_close(actual, expected)
 
 
+def test_gradient_of_the_vmapped_input_alone():
+    """Inside vmap a tensor does not say that it requires a gradient."""
+    q, k = torch.randn(EXAMPLES, 2, 4, 7, 8, requires_grad=True), torch.randn(2, 2, 7, 8)
+
+    def loss(q):
+        return torch.vmap(lambda x: pyattn.attention(x, k, k))(q).square().sum()
+
+    (expected,) = torch.autograd.grad(sum(pyattn.attention(x, k, k).square().sum() for x in q), q)
+    torch.testing.assert_close(torch.autograd.grad(loss(q), q)[0], expected)
+    torch.testing.assert_close(torch.func.grad(loss)(q.detach()), expected)
+
+
 def test_nested_vmap_and_jacobian():
     q, k, v = torch.randn(2, 5, 1, 4, 6, 8), torch.randn(5, 1, 2, 9, 8), torch.randn(2, 1, 2, 9, 8)
     actual = torch.vmap(torch.vmap(pyattn.attention, (0, 0, None)), (0, None, 0))(q, k, v)
@@ -357,6 +369,26 @@ def test_a_tangent_of_what_has_no_gradient_raises():
         torch.func.jvp(lambda x: pyattn.attention(q, q, q, alibi_slopes=x), (slopes,), (slopes,))
     with pytest.raises(TypeError, match="scale must be a number"):
         torch.func.jvp(lambda x: pyattn.scaled_dot_product_attention(q, q, q, scale=x), (scale,), (scale,))
+
+
+def test_a_gradient_of_what_has_none_raises_inside_vmap():
+    """There no tensor says that it requires a gradient."""
+    q, slopes = INPUTS["query"], torch.rand(3, 2)
+
+    def with_slopes(slopes):
+        return torch.vmap(lambda x: pyattn.attention(q, q, q, alibi_slopes=x))(slopes).sum()
+
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+
+    def with_pages(queries):
+        return torch.vmap(lambda x: pyattn.attention(x, q, q, block_table=table, kv_lengths=lengths))(queries).sum()
+
+    for call in (torch.func.grad(with_slopes), lambda x: with_slopes(x.requires_grad_())):
+        with pytest.raises(ValueError, match="alibi_slopes must not require a gradient"):
+            call(slopes)
+    with pytest.raises(NotImplementedError, match="block_table: paged keys have no gradient, but query requires one"):
+        torch.func.grad(with_pages)(q[None])
+    assert with_pages(q[None]).isfinite()
 
 
 @pytest.mark.parametrize("function", [pyattn.attention, pyattn.scaled_dot_product_attention])
