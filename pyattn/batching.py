@@ -63,17 +63,17 @@ class _Plan(NamedTuple):
 def _plan(size: int, dims: InDims, t: AttentionTensors, spec: AttentionSpec) -> _Plan:
     packed, paged = t.cu_seqlens_q is not None, t.block_table is not None
     plan = _Plan(size, packed, packed or t.sinks is not None)
+    if paged and plan.in_heads:
+        raise NotImplementedError("block_table under torch.vmap does not go together with sinks or packed input")
     refused = [*_UNFOLDABLE, *(_PER_SAMPLE if plan.in_heads else ()), *(("key", "value") if paged else ())]
     for name in refused:
         if dims[name] is not None:
             what = "packed input" if packed else "paged keys" if paged else "sinks"
             raise NotImplementedError(f"{name} must be the same for every example of torch.vmap with {what}")
-    if paged and plan.in_heads:
-        raise NotImplementedError("block_table under torch.vmap does not go together with sinks or packed input")
     if spec.dropout_p and dims["dropout_seed"] is None:
         raise NotImplementedError(
-            "dropout_p must be 0 under torch.vmap with randomness='same': what is dropped depends on the sample and "
-            "the head, so examples cannot drop the same entries; use randomness='different'"
+            "dropout_p must be 0 under torch.vmap with randomness='same', and for a Jacobian: what is dropped depends on "
+            "sample and head, so examples cannot drop the same entries; use randomness='different'"
         )
     return plan
 

@@ -235,6 +235,14 @@ def test_samples_and_sinks_cannot_both_be_folded(name):
         torch.vmap(lambda x: pyattn.attention(q, q, q, sinks=sinks, **{name: x}))(torch.ones(3, 2, dtype=torch.int32))
 
 
+def test_pages_and_sinks_cannot_be_folded():
+    """Folded into heads, pages would have to be copied for every example."""
+    q, pages, sinks = torch.randn(3, 1, 2, 4, 8), torch.randn(2, 2, 4, 8), torch.randn(2)
+    where = {"block_table": torch.zeros(1, 1, dtype=torch.int32), "kv_lengths": torch.ones(1, dtype=torch.int32)}
+    with pytest.raises(NotImplementedError, match=r"^block_table under torch.vmap does not go together with sinks"):
+        torch.vmap(lambda x: pyattn.attention(x, pages, pages, sinks=sinks, **where))(q)
+
+
 def dropped(q, **kwargs):
     """Rows of weights: the values are unit vectors."""
     return pyattn.attention(q, q, torch.eye(q.shape[-2]).expand(*q.shape[:-1], -1), dropout_p=0.5, **kwargs)
