@@ -72,8 +72,8 @@ def _plan(size: int, dims: InDims, t: AttentionTensors, spec: AttentionSpec) -> 
             raise NotImplementedError(f"{name} must be the same for every example of torch.vmap with {what}")
     if spec.dropout_p and dims["dropout_seed"] is None:
         raise NotImplementedError(
-            "dropout_p must be 0 under torch.vmap with randomness='same', and for a Jacobian: what is dropped depends on "
-            "sample and head, so examples cannot drop the same entries; use randomness='different'"
+            "dropout_p must be 0 under torch.vmap with randomness='same', and for a Jacobian: what is dropped depends "
+            "on sample and head, so examples cannot drop the same entries; use randomness='different'"
         )
     return plan
 
