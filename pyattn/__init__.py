@@ -10,6 +10,7 @@ from pyattn.functional import (
     naive_attention,
     scaled_dot_product_attention,
 )
+from pyattn.log import logging
 
 try:
     __version__ = version("pyattn")
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "explain",
+    "logging",
     "naive_attention",
     "scaled_dot_product_attention",
 ]

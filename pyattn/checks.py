@@ -144,7 +144,7 @@ def check_family(t: AttentionTensors, batch: int) -> None:
                 f"got {list(t.alibi_slopes.shape)}"
             )
         if t.alibi_slopes.requires_grad:
-            raise ValueError("alibi_slopes must not require a gradient: it has none; use a float attn_mask")
+            check_gradients(["alibi_slopes"], paged=False)
     if t.sinks is not None:
         check_tensor("sinks", t.sinks, FLOAT_DTYPES, query)
         check_shape("sinks", t.sinks, (num_heads,), "[Hq]")
@@ -159,10 +159,19 @@ def check_family(t: AttentionTensors, batch: int) -> None:
             )
         if t.kv_lengths is None:
             raise ValueError("kv_lengths must be given with block_table, got None")
-        for name in ("query", "key", "value", "attn_mask", "sinks"):
-            x = getattr(t, name)
-            if x is not None and x.requires_grad and torch.is_grad_enabled():
-                raise NotImplementedError(f"block_table: paged keys have no gradient, but {name} requires one")
+        if torch.is_grad_enabled():
+            differentiable = ("query", "key", "value", "attn_mask", "sinks")
+            check_gradients(
+                [n for n in differentiable if (x := getattr(t, n)) is not None and x.requires_grad], paged=True
+            )
+
+
+def check_gradients(names: Sequence[str], *, paged: bool) -> None:
+    """``names`` are the tensors that require a gradient: each must have one."""
+    if "alibi_slopes" in names:
+        raise ValueError("alibi_slopes must not require a gradient: it has none; use a float attn_mask")
+    if paged and names:
+        raise NotImplementedError(f"block_table: paged keys have no gradient, but {names[0]} requires one")
 
 
 # ---- values -------------------------------------------------------------------------------------------------------

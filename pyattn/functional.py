@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from pyattn import checks, dispatch, ops, reference
+from pyattn import checks, dispatch, nested, ops, reference
 from pyattn.explanation import Explanation
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem
 
@@ -124,6 +125,9 @@ def attention(
     Computes ``softmax(scale * query @ key^T + bias, masked) @ value`` in this order: scale, softcap, bias or ALiBi,
     mask, softmax (with sinks), dropout, value. A row that may see no key gives 0, never NaN.
 
+    Query, key and value may be nested tensors ``[B, H, j, D]`` of layout ``torch.jagged``, where lengths differ by
+    sample; then this is ``attention_varlen`` on their values, and out and lse are nested with the query's offsets.
+
     Args:
         query: ``[B, Hq, Lq, D]``, float32, bfloat16, float16 or float64, any strides (a last stride other than 1
             costs a copy).
@@ -165,6 +169,25 @@ def attention(
     """
     backend = dispatch.check_backend(backend)
     checks.check_bool("return_lse", return_lse)
+    if isinstance(query, Tensor) and query.is_nested:
+        nested.check(query, key, value, attn_mask=attn_mask, block_table=block_table)
+        out, lse = attention_varlen(
+            *nested.to_packed(query, key, value),
+            causal=causal,
+            window=window,
+            q_offset=q_offset,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            sinks=sinks,
+            kv_lengths=kv_lengths,
+            kv_starts=kv_starts,
+            dropout_p=dropout_p,
+            scale=scale,
+            return_lse=True,
+            backend=backend,
+        )
+        out = nested.to_jagged(out, query)
+        return (out, nested.to_jagged(lse.mT, query)) if return_lse else out
     spec, tensors = _dense(
         query,
         key,
@@ -363,7 +386,7 @@ def scaled_dot_product_attention(
     """
     checks.check_bool("is_causal", is_causal)
     checks.check_bool("enable_gqa", enable_gqa)
-    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad:
+    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad and not _has_tangent(scale):
         scale = scale.item()
     q_offset = 0 if is_causal else None
     if attn_mask is not None:
@@ -371,12 +394,22 @@ def scaled_dot_product_attention(
         if attn_mask.dim() < 2:
             raise ValueError(f"attn_mask must have at least two dimensions [..., Lq, Lk], got {list(attn_mask.shape)}")
     lead = None
-    if not _is_plain(query, key, value):
+    if isinstance(query, Tensor) and query.is_nested:
+        nested.check(query, key, value)
+        if not enable_gqa and query.shape[1] != key.shape[1]:
+            raise ValueError(
+                f"key must have the {query.shape[1]} heads of query without enable_gqa, got {key.shape[1]}"
+            )
+    elif not _is_plain(query, key, value):
         lead, (query, key, value, attn_mask) = _to_four_dimensions(query, key, value, attn_mask, enable_gqa)
     out = attention(
         query, key, value, causal=is_causal, q_offset=q_offset, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
     )
     return out if lead is None else out.reshape(*lead, *out.shape[-2:])
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -448,6 +481,7 @@ def naive_attention(
     if backend is not None:
         raise ValueError(f"backend must be None for naive_attention, got {backend!r}")
     checks.check_bool("return_lse", return_lse)
+    nested.refuse(query, key, value)
     spec, tensors = _dense(query, key, value, **arguments)
     checks.check_values(tensors, None, None)
     out, lse = reference.naive_attention(spec, tensors, return_lse)
@@ -475,6 +509,7 @@ def explain(
         'reference'
     """
     name = dispatch.check_backend(backend)
+    nested.refuse(query, key, value)
     prepare = _packed if "cu_seqlens_q" in arguments else _dense
     spec, tensors = prepare(query, key, value, **arguments)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -1,4 +1,4 @@
-"""The ops of ``torch.ops.pyattn``: schemas, kernels, fakes, autograd, autocast.
+"""The ops of ``torch.ops.pyattn``: schemas, kernels, fakes, autograd, autocast, vmap.
 
 An op chooses its backend inside, when it runs, so an exported graph holds no machine's choice. The kernels are
 registered with ``Library.define`` and ``impl``: ``torch.library.custom_op`` costs several times as much a call.
@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.nested._internal.nested_tensor import NestedTensor
 
-from pyattn import dispatch
-from pyattn.checks import check_values
+from pyattn import batching, dispatch, flops, log, nested
+from pyattn.checks import check_gradients, check_values
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_dtype, lse_shape
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(
@@ -24,6 +26,7 @@ _SPEC = (
     "SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 _NUM_TENSORS = len(AttentionTensors._fields)
+_ALIBI_SLOPES, _BLOCK_TABLE = (AttentionTensors._fields.index(name) for name in ("alibi_slopes", "block_table"))
 _NUM_ARGS = _NUM_TENSORS + len(AttentionSpec._fields)
 
 _library = torch.library.Library("pyattn", "DEF")
@@ -51,7 +54,10 @@ def _unpack(args: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionTensors]:
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     spec, tensors = _unpack(args)
     check_values(tensors, spec.max_seqlen_q, spec.max_seqlen_k)
-    backend = dispatch.select(Problem.of("forward", spec, tensors), args[-1])
+    problem = Problem.of("forward", spec, tensors)
+    backend = dispatch.select(problem, args[-1])
+    if log.depth:
+        return log.timed(problem, args[-1], lambda: backend.forward(spec, tensors))
     return backend.forward(spec, tensors)
 
 
@@ -66,10 +72,18 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 # ---- backward -----------------------------------------------------------------------------------------------
 
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     spec, tensors = _unpack(args)
-    backend = dispatch.select(Problem.of("backward", spec, tensors), args[-1])
-    dq, dk, dv, dmask, dsinks = backend.backward(spec, tensors, *args[_NUM_ARGS:-1])
+    problem = Problem.of("backward", spec, tensors)
+    backend = dispatch.select(problem, args[-1])
+
+    def run() -> Gradients:
+        return backend.backward(spec, tensors, *args[_NUM_ARGS:-1])
+
+    dq, dk, dv, dmask, dsinks = log.timed(problem, args[-1], run) if log.depth else run()
     # An op cannot return an optional tensor: an empty one stands for "no gradient".
     nothing = [tensors.query.new_empty(0) for _ in range(2)]
     return dq, dk, dv, nothing[0] if dmask is None else dmask, nothing[1] if dsinks is None else dsinks
@@ -87,11 +101,35 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 # ---- autograd -----------------------------------------------------------------------------------------------
 
 
-class _Attention(torch.autograd.Function):
+def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
+    """Calls ``op`` from the inside of an autograd.Function, which records it.
+
+    The Function has turned grad mode off. For tensors of ``torch.func`` it is that of the level below, whose own
+    kernel must record the op too: without it nested derivatives would be zero.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+# A kernel of the Autograd key runs once for each level of torch.func, with that level's tensors. So it needs the
+# Function of one level; torch.autograd.Function would start over at the top of the levels.
+
+
+class _Attention(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _forward_op(*args)
+        if ctx.needs_input_grad[_ALIBI_SLOPES] or args[_BLOCK_TABLE] is not None:
+            # Those of a call inside vmap show only here: there no tensor says that it requires a gradient.
+            needed = [
+                name
+                for name, need in zip(AttentionTensors._fields, ctx.needs_input_grad[:_NUM_TENSORS], strict=True)
+                if need
+            ]
+            check_gradients(needed, paged=args[_BLOCK_TABLE] is not None)
+        out, lse = _below_autograd(_forward_op, args)
         ctx.save_for_backward(*args[:_NUM_TENSORS], out, lse)
         ctx.numbers = args[_NUM_TENSORS:]
         ctx.set_materialize_grads(False)
@@ -113,36 +151,37 @@ class _Attention(torch.autograd.Function):
         return tuple(grads)
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _AttentionBackward(torch.autograd.function._SingleLevelFunction):
     """The gradients, which remember that they depend on their inputs, and say so when that is needed."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward_op(*args)
+        return _below_autograd(_backward_op, args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         raise NotImplementedError("pyattn::attention_backward has no derivative: second derivatives are not supported")
 
 
-def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in args)
+def _differentiable(op: Any, function: Any) -> Any:
+    """The kernel of the Autograd key: records ``function`` where a gradient may be asked for, refuses a tangent."""
 
+    def kernel(*args: Any) -> tuple[Tensor, ...]:
+        if forward_ad._current_level >= 0:
+            for x in args:
+                if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                    raise NotImplementedError(
+                        f"{op.name()} has no forward-mode derivative: jvp and dual tensors are not supported"
+                    )
+        if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        with enable_single_level_autograd_function():
+            return function.apply(*args)
 
-def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    # A forward-mode level needs the Function too: it raises for a tangent, which would else be lost.
-    if (torch.is_grad_enabled() and _any_requires_grad(args)) or forward_ad._current_level >= 0:
-        return _Attention.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(*args)
-
-
-def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and _any_requires_grad(args):
-        return _AttentionBackward.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _backward_op(*args)
+    return kernel
 
 
 # ---- autocast -----------------------------------------------------------------------------------------------
@@ -165,20 +204,40 @@ def _forward_autocast(device_type: str) -> Any:
     return forward
 
 
+# ---- vmap ---------------------------------------------------------------------------------------------------
+
+
+def _vmapped(op: Any, rule: Any) -> Any:
+    def kernel(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], int]:
+        return rule(op, info.batch_size, in_dims, args), 0
+
+    return kernel
+
+
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("attention_forward", _forward_autograd, "Autograd")
-_library.impl("attention_backward", _backward_autograd, "Autograd")
+_library.impl("attention_forward", _differentiable(_forward_op, _Attention), "Autograd")
+_library.impl("attention_backward", _differentiable(_backward_op, _AttentionBackward), "Autograd")
 _library.impl("attention_forward", _forward_autocast("cpu"), "AutocastCPU")
 _library.impl("attention_forward", _forward_autocast("cuda"), "AutocastCUDA")
 torch.library.register_fake("pyattn::attention_forward", _forward_fake, lib=_library)
 torch.library.register_fake("pyattn::attention_backward", _backward_fake, lib=_library)
+torch.library.register_vmap("pyattn::attention_forward", _vmapped(_forward_op, batching.forward), lib=_library)
+torch.library.register_vmap("pyattn::attention_backward", _vmapped(_backward_op, batching.backward), lib=_library)
+flops.register()
+
+
+@torch.library.register_torch_dispatch("pyattn::attention_forward", NestedTensor, lib=_library)
+def _forward_nested(cls: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    """Reached when only some are nested: ``functional`` unpacks the others. A check there would cost every call."""
+    nested.refuse(*args[:3])
 
 
 def attention(spec: AttentionSpec, t: AttentionTensors, backend: str) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of ``torch.ops.pyattn.attention_forward``, differentiable."""
     if (
         torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()  # inside vmap requires_grad is always False
         or forward_ad._current_level >= 0
         or t.query.requires_grad
         or t.key.requires_grad

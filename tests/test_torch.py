@@ -1,7 +1,8 @@
-"""pyattn inside torch: opcheck, compile, autocast, fake tensors, threads, forks, warnings and imports."""
+"""pyattn inside torch: opcheck, autocast, fake tensors, checkpoints, flops, threads, forks, warnings, imports."""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import subprocess
@@ -12,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import pyattn
 from pyattn import functional
 from pyattn.backends import cpu
-from pyattn.testing import CASES, make_inputs, run
+from pyattn.testing import CASES, forward_and_gradients, make_inputs, run
 
 BY_NAME = {case.name: case for case in CASES}
 SOME = ["causal", "gqa", "head dim 80, v 48", "BLHD", "float mask", "padding both, window",
@@ -53,68 +56,6 @@ def test_opcheck(name):
         torch.library.opcheck(backward, (*detached[:-1], out, lse, *grads, case.mask == "float", "auto"))
 
 
-def forward_backward(kwargs, function):
-    leaves = {n: x for n, x in kwargs.items() if isinstance(x, torch.Tensor) and x.requires_grad}
-    out, lse = function(kwargs)
-    loss = out.float().square().sum() + torch.where(lse == -torch.inf, 0, lse).sum()
-    return out.detach(), lse.detach(), *torch.autograd.grad(loss, tuple(leaves.values()))
-
-
-def attention_with_lse(kwargs):
-    function = pyattn.attention_varlen if "cu_seqlens_q" in kwargs else pyattn.attention
-    return function(**kwargs, return_lse=True)
-
-
-def check_compiled(name, backend):
-    kwargs = make_inputs(BY_NAME[name], torch.float32, requires_grad=True)
-    torch._dynamo.reset()
-    compiled = torch.compile(attention_with_lse, backend=backend, fullgraph=True)
-    results = []
-    for function in (attention_with_lse, compiled):
-        torch.manual_seed(0)
-        results.append(forward_backward(kwargs, function))
-    torch.testing.assert_close(results[1], results[0])
-
-
-@pytest.mark.parametrize("name", SOME)
-def test_compile(name):
-    check_compiled(name, "aot_eager")
-
-
-def test_compile_with_inductor():
-    check_compiled("gqa", "inductor")
-
-
-def test_compile_with_dynamic_shapes():
-    torch._dynamo.reset()
-    compiled = torch.compile(pyattn.attention, backend="aot_eager", fullgraph=True, dynamic=True)
-    for Lq, Lk in ((5, 9), (8, 8), (70, 100)):
-        q, k = torch.randn(2, 4, Lq, 16), torch.randn(2, 2, Lk, 16)
-        torch.testing.assert_close(compiled(q, k, k, causal=True), pyattn.attention(q, k, k, causal=True))
-
-
-def test_compile_of_the_drop_in():
-    torch._dynamo.reset()
-    compiled = torch.compile(pyattn.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
-    q = torch.randn(3, 7, 16)
-    torch.testing.assert_close(
-        compiled(q, q, q, is_causal=True), pyattn.scaled_dot_product_attention(q, q, q, is_causal=True)
-    )
-
-
-def test_an_exported_graph_holds_no_backend():
-    class Module(torch.nn.Module):
-        def forward(self, q, k, v):
-            return pyattn.attention(q, k, v, causal=True)
-
-    q = torch.randn(2, 4, 8, 16)
-    program = torch.export.export(Module(), (q, q, q))
-    calls = [node for node in program.graph.nodes if node.target is torch.ops.pyattn.attention_forward.default]
-    assert len(calls) == 1
-    assert calls[0].args[-1] == "auto"
-    torch.testing.assert_close(program.module()(q, q, q), pyattn.attention(q, q, q, causal=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     """As torch's own function does: query, key and value in the autocast dtype, so also the output."""
@@ -137,11 +78,123 @@ def test_autocast_backward_gives_gradients_of_the_inputs_dtype():
     assert q.grad.isfinite().all()
 
 
-def test_fake_tensors():
+def check_shapes(q, k, v):
+    out, lse = pyattn.attention(q, k, v, causal=True, dropout_p=0.5, return_lse=True)
+    assert (out.shape, lse.shape, lse.dtype) == ((2, 4, 5, 24), (2, 4, 5), torch.float32)
+    for x, gradient in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert (gradient.shape, gradient.device, gradient.dtype) == (x.shape, x.device, x.dtype)
+
+
+def test_fake_and_meta_tensors():
+    shapes = ((2, 4, 5, 16), (2, 2, 9, 16), (2, 2, 9, 24))
     with FakeTensorMode():
-        q, k, v = torch.empty(2, 4, 5, 16), torch.empty(2, 2, 9, 16), torch.empty(2, 2, 9, 24)
-        out, lse = pyattn.attention(q, k, v, causal=True, return_lse=True)
-    assert (out.shape, lse.shape) == ((2, 4, 5, 24), (2, 4, 5))
+        check_shapes(*(torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes))
+    check_shapes(*(torch.empty(shape, device="meta", requires_grad=True) for shape in shapes))
+
+
+# ---- checkpoints and flops ---------------------------------------------------------------------------------
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the forwards that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.pyattn.attention_forward.default
+        return function(*args, **(kwargs or {}))
+
+
+SELECTIVE = functools.partial(create_selective_checkpoint_contexts, [torch.ops.pyattn.attention_forward.default])
+
+
+@pytest.mark.parametrize(
+    ("options", "forwards"),
+    [
+        ({"use_reentrant": False}, 2),
+        ({"use_reentrant": True}, 2),
+        ({"use_reentrant": False, "context_fn": SELECTIVE}, 1),
+    ],
+    ids=["checkpoint", "reentrant", "selective"],
+)
+def test_checkpoint(options, forwards):
+    """The recomputed forward drops the same entries; a selective one that keeps attention does not recompute it."""
+    leaves = [torch.randn(2, 4, 20, 8, requires_grad=True) for _ in range(3)]
+
+    def function(q, k, v):
+        return pyattn.attention(q.sin(), k, v, causal=True, dropout_p=0.3).cos()
+
+    def gradients(function):
+        torch.manual_seed(0)
+        for x in leaves:
+            x.grad = None
+        function(*leaves).sum().backward()
+        return [x.grad for x in leaves]
+
+    expected = gradients(function)
+    with Calls() as calls:
+        actual = gradients(lambda *x: checkpoint(function, *x, **options))
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+    assert calls.count == forwards
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    counts = counter.get_flop_counts()["Global"]
+    return tuple(counts.get(getattr(torch.ops.pyattn, f"attention_{op}"), 0) for op in ("forward", "backward"))
+
+
+def torchs_flops(Lq, Lk, B=1):
+    q, k, v, out = (B, 6, Lq, 16), (B, 2, Lk, 16), (B, 2, Lk, 24), (B, 6, Lq, 24)
+    return sdpa_flop_count(q, k, v), sdpa_backward_flop_count(out, q, k, v)
+
+
+def test_flops_are_counted_as_torch_counts_its_own():
+    q, k, v = (torch.randn(3, h, n, d, requires_grad=True) for h, n, d in ((6, 5, 16), (2, 9, 16), (2, 9, 24)))
+    expected = torchs_flops(5, 9, 3)
+    assert flops(lambda: pyattn.attention(q, k, v, causal=True).sum().backward()) == expected
+    with torch.no_grad():
+        assert flops(lambda: pyattn.attention(q, k, v)) == (expected[0], 0)
+        pages = torch.randn(7, 2, 4, 16), torch.randn(7, 2, 4, 24)
+        table, lengths = torch.zeros(3, 2, dtype=torch.int32), torch.full((3,), 3)
+        paged = flops(lambda: pyattn.attention(q, *pages, block_table=table, kv_lengths=lengths))
+        assert paged == (torchs_flops(5, 8, 3)[0], 0)
+
+
+def test_flops_of_packed_input():
+    """By the lengths; where these cannot be read, by the longest that they can be."""
+    q, k, v = (torch.randn(n, h, d, requires_grad=True) for n, h, d in ((9, 6, 16), (7, 2, 16), (7, 2, 24)))
+    cu_q, cu_k = torch.tensor([0, 2, 9], dtype=torch.int32), torch.tensor([0, 6, 7], dtype=torch.int32)
+
+    def call(*args, **longest):
+        return lambda: pyattn.attention_varlen(*args, **longest).sum().backward()
+
+    by_sequence = zip(torchs_flops(2, 6), torchs_flops(7, 1), strict=True)
+    assert flops(call(q, k, v, cu_q, cu_k)) == tuple(map(sum, by_sequence))
+    meta = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in (q, k, v, cu_q, cu_k)]
+    assert flops(call(*meta, max_seqlen_q=8, max_seqlen_k=6)) == torchs_flops(8, 6, 2)
+    assert flops(call(*meta)) == torchs_flops(9, 7, 2)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import pyattn; import torch.utils.flop_counter", "import torch.utils.flop_counter; import pyattn"],
+)
+def test_flop_formulas_whichever_is_imported_first(imports):
+    code = f"""
+import torch
+{imports}
+q = torch.randn(1, 1, 2, 4)
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    pyattn.attention(q, q, q)
+print(counter.get_total_flops())
+"""
+    process = python(code)
+    assert process.stdout.strip() == str(4 * 2 * 2 * 4), process.stderr
+
+
+# ---- gradients, threads, forks -----------------------------------------------------------------------------
 
 
 def test_only_what_asks_for_a_gradient_gets_one():
@@ -157,16 +210,36 @@ def test_only_what_asks_for_a_gradient_gets_one():
     assert q.grad is None
 
 
+def test_deterministic_algorithms():
+    """Nothing that torch calls nondeterministic is used, in any of the backends."""
+    for name in ("everything", "packed, family"):
+        kwargs = make_inputs(BY_NAME[name], torch.float32, requires_grad=True)
+        torch.use_deterministic_algorithms(True)
+        first, second = (forward_and_gradients(kwargs, lambda k: run(k, return_lse=True)) for _ in range(2))
+        assert all(torch.equal(first[n], second[n]) for n in first)
+
+
 def test_many_threads_at_once():
-    kwargs = make_inputs(BY_NAME["gqa"], torch.float32)
-    expected = run(kwargs)
+    kwargs = make_inputs(BY_NAME["gqa"], torch.float32, requires_grad=True)
+
+    def compute(_):
+        return forward_and_gradients(kwargs, lambda k: pyattn.attention(**k, return_lse=True))
+
+    expected = compute(0)
     with ThreadPoolExecutor(8) as pool:
-        for out in pool.map(lambda _: pyattn.attention(**kwargs), range(64)):
-            assert torch.equal(out, expected)
+        for results in pool.map(compute, range(64)):
+            assert all(torch.equal(results[name], expected[name]) for name in expected)
 
 
-def _attention_in_child(queue, q):
-    queue.put(float(pyattn.attention(q, q, q, causal=True).sum()))
+def _forward_and_backward(q):
+    q = q.clone().requires_grad_()
+    out = pyattn.attention(q, q, q, causal=True)
+    out.square().sum().backward()
+    return float(out.detach().sum()), float(q.grad.abs().sum())
+
+
+def _compute_in_child(queue, q):
+    queue.put(_forward_and_backward(q))
 
 
 def test_a_forked_child_computes():
@@ -175,10 +248,10 @@ def test_a_forked_child_computes():
     # Work for two threads, but too little for torch's own operators to use them.
     q = torch.randn(2, 4, 100, 16)
     # The parent starts the threads that a child does not inherit.
-    expected = float(pyattn.attention(q, q, q, causal=True).sum())
+    expected = _forward_and_backward(q)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_attention_in_child, args=(queue, q.detach()))
+    child = context.Process(target=_compute_in_child, args=(queue, q))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks under threads
         child.start()
