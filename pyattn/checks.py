@@ -165,7 +165,7 @@ def check_family(t: AttentionTensors, batch: int) -> None:
             raise ValueError("kv_lengths must be given with block_table, got None")
         for name in ("query", "key", "value", "attn_mask", "sinks"):
             x = getattr(t, name)
-            if x is not None and x.requires_grad and torch.is_grad_enabled():
+            if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
                 raise NotImplementedError(f"block_table: paged keys have no gradient, but {name} requires one")
 
 
