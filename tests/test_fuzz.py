@@ -7,6 +7,7 @@ spoilt so that the call is illegal for sure, or a few are replaced by anything a
 from __future__ import annotations
 
 import collections
+import contextlib
 import inspect
 import math
 import random
@@ -232,7 +233,7 @@ def draw_sdpa(r: random.Random) -> dict[str, Any]:
     return a
 
 
-def draw(seed: str) -> Call:
+def draw(seed: int) -> Call:
     r = random.Random(seed)
     torch.manual_seed(r.randrange(2**31))
     function = r.choice([*FUNCTIONS, "attention", "attention", "attention_varlen"])
@@ -449,7 +450,8 @@ def largest(x: Any) -> float:
 
 def within(error: torch.Tensor, bound: Any, known: torch.Tensor, what: str) -> None:
     off = known & ~(error <= bound)
-    assert not off.any(), f"{what} is off by {float(error[off].max()):.3g}"
+    if off.any():
+        raise AssertionError(f"{what} is off by up to {float(error[off].max()):.3g}")
 
 
 def score_size(a: dict[str, Any]) -> float:
@@ -546,23 +548,21 @@ def judge(call: Call) -> tuple[str, set[str]]:
     return "computed", set()
 
 
-EVERYTHING = set.union(*PARAMETERS.values())
-
-
-@pytest.mark.parametrize("total", [1_500, pytest.param(50_000, marks=pytest.mark.exhaustive)])
-def test_random_calls(total, engine):
-    calls = -(-total // len(cpu.available_isas()))
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("calls", [1_500, pytest.param(60_000, marks=pytest.mark.exhaustive)])
+def test_random_calls(calls):
+    isas = cpu.available_isas()
     became, refused = collections.Counter(), collections.Counter()
     for n in range(calls):
-        seed = f"{engine} {n}"
-        call = draw(seed)
-        try:
-            outcome, names = judge(call)
-        except Exception as error:
-            pytest.fail(f"seed {seed!r}: {type(error).__name__}: {error}\n{call}")
+        call = draw(n)
+        with cpu.use_isa(isas[n % len(isas)]) if isas else contextlib.nullcontext():
+            try:
+                outcome, names = judge(call)
+            except Exception as error:
+                pytest.fail(f"seed {n}, {cpu.isa()}: {type(error).__name__}: {error}\n{call}")
         became[outcome] += 1
         refused.update(names)
     assert became["computed"] > calls / 3
     assert became["refused"] > calls / 3
-    assert became["unable"] < calls / 5
-    assert not EVERYTHING - set(refused), "arguments that no refusal named"
+    assert became["unable"] < calls / 10
+    assert set.union(*PARAMETERS.values()) == set(refused)
