@@ -166,7 +166,7 @@ def draw_dense(r: random.Random) -> dict[str, Any]:
             mask = torch.randn(shape, dtype=r.choice([dtype, torch.float32]))
             for value in r.choice([(), (), (-INF,), (torch.finfo(mask.dtype).min,), (-INF, -1e4)]):
                 mask.masked_fill_(torch.rand(shape) < 0.3, value)
-            a["attn_mask"] = mask.requires_grad_(grad and maybe(r, 0.5))
+            a["attn_mask"] = mask.requires_grad_(grad)
     return a
 
 
@@ -336,6 +336,8 @@ def bad_values(r: random.Random, call: Call) -> dict[str, list[Any]]:
     Hq, paged = query.shape[1], "block_table" in a
     packed = call.function == "attention_varlen"
     B = a["cu_seqlens_q"].shape[0] - 1 if packed else query.shape[0]
+    if key.shape[1] > 1:
+        bad["query"].append(query.new_zeros((query.shape[0], Hq + 1, *query.shape[2:])))
     bad["value"].append(value.new_zeros((*value.shape[:1], value.shape[1] + 1, *value.shape[2:])))
     bad["alibi_slopes"] += [torch.zeros(Hq + 1), torch.zeros(B + 2, Hq), torch.zeros(Hq, requires_grad=True)]
     bad["sinks"] += [torch.zeros(Hq + 1), torch.zeros(1, Hq)]
@@ -525,10 +527,13 @@ def check_gradients(call: Call, relative: float) -> None:
     sizes = {"query": largest(a["key"]) * scale_of(a) * of_score, "key": largest(a["query"]) * scale_of(a) * of_score}
     sizes |= {"value": of_value, "attn_mask": of_score, "sinks": of_score}
     rows, keys = (math.prod(a[name].shape[:-1]) for name in ("query", "key"))
+    # Rows share each place of a gradient evenly, and the weights of a row add up to at most 1.
+    places = {"query": rows, "key": a["key"].shape[1], "value": a["key"].shape[1], "sinks": a["query"].shape[1]}
+    places["attn_mask"] = 1 if a.get("attn_mask") is None else math.prod(a["attn_mask"].shape[:-1])
     for name in actual.keys() - {"out", "lse"}:
         info, size = torch.finfo(actual[name].dtype), sizes[name.removeprefix("grad of ")]
-        terms = 1 if name == "grad of query" else rows  # whose weights add up to as much, at the most
-        bound = 2 * (relative + info.eps) * size * terms + info.tiny * rows * (1 + keys) * (1 + size)
+        rows_of_one = rows / max(places[name.removeprefix("grad of ")], 1)
+        bound = 2 * (relative + info.eps) * size * rows_of_one + info.tiny * rows * (1 + keys) * (1 + size)
         within((actual[name].double() - truth[name]).abs(), bound, truth[name].isfinite(), name)
 
 
