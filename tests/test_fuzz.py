@@ -477,9 +477,11 @@ def check_result(call: Call, result: Any) -> None:
         return
     naive = call.function == "naive_attention"
     scores = score_size(a)
-    finite = all(a[name].isfinite().all() for name in ("query", "key", "value"))
-    if naive and (scores > 1e3 or not finite):
+    odd = [name for name in ("query", "key", "value") if not a[name].isfinite().all()]
+    if naive and (scores > 1e3 or odd):
         return  # that may overflow, and reach the result from behind a mask: the textbook does not care
+    if "value" in odd and len(odd) > 1:
+        return  # 0 or NaN: a score of -inf that nobody masked, times inf
     out, lse = result if isinstance(result, tuple) else (result, None)
     exact = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in to_dtype(a, torch.float64).items()}
     value = exact["value"]
@@ -505,7 +507,7 @@ def check_result(call: Call, result: Any) -> None:
     if naive:  # a row without keys gives NaN
         known &= out.isfinite()
     within((out.double() - truth).abs(), relative * size + of_dtype.tiny * (1 + largest(value)), known, "out")
-    if call.function in ("attention", "attention_varlen") and finite:
+    if call.function in ("attention", "attention_varlen") and not odd:
         check_gradients(call, relative)
 
 
