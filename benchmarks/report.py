@@ -182,6 +182,20 @@ def memory_rows(cells: list[Cell]) -> list[Row]:
     ]
 
 
+def feature_rows(cells: list[Cell]) -> list[Row]:
+    """A feature's time over that without it, less 1, in a column for each dtype and pass."""
+
+    def cost(cell: Cell, feature: str) -> str:
+        ratio = cell["relative_time"].get(feature)
+        return "" if ratio is None else f"{100 * (ratio - 1):+.0f}%"
+
+    features = dict.fromkeys(feature for cell in cells for feature in cell["relative_time"])
+    return [
+        {"": feature} | {f"{cell['dtype']}, {cell['op']}": cost(cell, feature) for cell in cells}
+        for feature in features
+    ]
+
+
 def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count} {one if count == 1 else many or one + 's'}"
 
@@ -302,6 +316,12 @@ SUITES = {
     ),
     "attention_short": Suite(
         "Short sequences", short_rows, "The time of one call of the forward from Python, full attention."
+    ),
+    "attention_features": Suite(
+        "What features cost",
+        feature_rows,
+        "The time with a feature over that without it, less 1, of causal attention of 2048 tokens and of the same "
+        "work; packed sequences against a dense batch of them.",
     ),
     "attention_memory": Suite(
         "Memory",

@@ -79,11 +79,15 @@ struct KeyRanges {
         offset(clamped(p.q_offsets      ? *p.q_offsets
                        : p.bottom_right ? length - p.Lq
                                         : p.q_offset)),
-        left(p.window_left),
-        right(p.window_right),
+        left(p.window_left < kUnlimited ? p.window_left : kUnlimited),
+        right(p.window_right < kUnlimited ? p.window_right : kUnlimited),
         Lk(p.Lk) {}
 
-  static int64_t clamped(int64_t x) { return x < -kUnlimited ? -kUnlimited : x > kUnlimited ? kUnlimited : x; }
+  // Within half of what is unlimited, so that no position is beyond an unlimited window.
+  static int64_t clamped(int64_t x) {
+    constexpr int64_t kFar = kUnlimited / 2;
+    return x < -kFar ? -kFar : x > kFar ? kFar : x;
+  }
 
   KeyRange row(int64_t i) const {
     const int64_t pos = i + offset;

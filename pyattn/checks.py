@@ -6,7 +6,6 @@ and of device tensors when ``PYATTN_CHECK=1`` asks for the synchronisation.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,19 +17,22 @@ from pyattn.spec import AttentionTensors
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+_LARGEST_NUMBER = torch.finfo(torch.float32).max  # kernels compute in float32
 _NO_FAMILY = (None,) * 6  # alibi_slopes to block_table of AttentionTensors
 _NO_INDICES = (None,) * 5  # kv_lengths to cu_seqlens_k
 CHECK_DEVICE_VALUES = os.environ.get("PYATTN_CHECK") == "1"
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    return " or ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
 
 
 def check_tensor(name: str, x: Any, dtypes: Sequence[torch.dtype], like: Tensor | None = None) -> None:
-    """``x`` is a tensor of one of ``dtypes``, on the device of ``like``."""
+    """``x`` is a dense tensor of one of ``dtypes``, on the device of ``like``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}{', nested' * x.is_nested}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {_names(dtypes)}, got {str(x.dtype).removeprefix('torch.')}")
     if like is not None and x.device != like.device:
@@ -77,14 +79,16 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 def check_number(name: str, x: Any) -> float:
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    if isinstance(x, (int, float)) and not math.isfinite(x):
-        raise ValueError(f"{name} must be finite, got {x}")
+    if isinstance(x, (int, float)) and not abs(x) <= _LARGEST_NUMBER:
+        raise ValueError(f"{name} must be finite, got {x} (float32 ends at {_LARGEST_NUMBER:.2g})")
     return x  # type: ignore[return-value]
 
 
 def check_int(name: str, x: Any) -> int:
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(x).__name__}")
+    if isinstance(x, int) and not -(2**63) <= x < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {x}")
     return x  # type: ignore[return-value]
 
 
@@ -162,7 +166,7 @@ def check_family(t: AttentionTensors, batch: int) -> None:
         if torch.is_grad_enabled():
             differentiable = ("query", "key", "value", "attn_mask", "sinks")
             check_gradients(
-                [n for n in differentiable if (x := getattr(t, n)) is not None and x.requires_grad], paged=True
+                [n for n in differentiable if isinstance(x := getattr(t, n), Tensor) and x.requires_grad], paged=True
             )
 
 
@@ -183,7 +187,7 @@ def _within(name: str, x: Tensor, low: int, high: int, meaning: str) -> None:
 
 
 def _check_rises(name: str, x: Tensor, total: int, longest: int | None) -> None:
-    steps = x.diff()
+    steps = x.to(torch.int64).diff()  # of int32, large steps would wrap and look small
     if int(x[0]) != 0 or int(x[-1]) != total or (steps < 0).any():
         raise ValueError(f"{name} must rise from 0 to the total of {total}, got {x.tolist()}")
     if longest is not None and steps.numel() and int(steps.max()) > longest:

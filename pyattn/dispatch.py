@@ -54,7 +54,7 @@ def order(device_type: str) -> tuple[str, ...]:
 def check_backend(name: str | None) -> str:
     if name is None:
         return "auto"
-    if name != "auto" and (not isinstance(name, str) or name not in _MODULES):
+    if not isinstance(name, str) or name not in ("auto", *_MODULES):
         raise ValueError(f"backend must be None or one of {', '.join(_MODULES)}, got {name!r}")
     return name
 

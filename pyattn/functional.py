@@ -43,9 +43,9 @@ def _spec(
         scale = head_dim**-0.5 if head_dim else 1.0
     else:
         scale = checks.check_number("scale", scale)
+    if dropout_p is not False and not 0.0 <= checks.check_number("dropout_p", dropout_p) <= 1.0:  # torch takes False
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     if dropout_p != 0.0:
-        if not 0.0 <= checks.check_number("dropout_p", dropout_p) <= 1.0:
-            raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
         info = torch.iinfo(torch.int64)
         device = tensors.query.device
         tensors = tensors._replace(dropout_seed=torch.randint(info.min, info.max, (), dtype=torch.int64, device=device))
@@ -386,7 +386,13 @@ def scaled_dot_product_attention(
     """
     checks.check_bool("is_causal", is_causal)
     checks.check_bool("enable_gqa", enable_gqa)
-    if isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad and not _has_tangent(scale):
+    if (
+        isinstance(scale, Tensor)
+        and scale.dim() == 0
+        and not scale.requires_grad
+        and not scale.is_meta
+        and not _has_tangent(scale)
+    ):
         scale = scale.item()
     q_offset = 0 if is_causal else None
     if attn_mask is not None:
@@ -414,8 +420,8 @@ def _has_tangent(x: Tensor) -> bool:
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Four dimensions, and nothing to broadcast: what ``attention`` takes as it is."""
-    tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
-    return tensors and query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    tensors = all(isinstance(x, Tensor) and x.dim() == 4 and not x.is_nested for x in (query, key, value))
+    return tensors and query.shape[:2] == key.shape[:2] == value.shape[:2]
 
 
 def _to_four_dimensions(
@@ -432,7 +438,8 @@ def _to_four_dimensions(
         for x in (key, value):
             checks.check_heads(query.shape[-3], x.shape[-3])
         if key.shape[-3] != value.shape[-3]:
-            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], dim=-3) for x in (key, value))
+            groups = [query.shape[-3] // max(x.shape[-3], 1) for x in (key, value)]
+            key, value = (x.repeat_interleave(n, dim=-3) for x, n in zip((key, value), groups, strict=True))
     drop = 3 if enable_gqa else 2  # dimensions that do not broadcast between query and key
     try:
         lead = torch.broadcast_shapes(*(x.shape[:-drop] for x in (query, key, value)))
@@ -509,6 +516,7 @@ def explain(
         'reference'
     """
     name = dispatch.check_backend(backend)
+    checks.check_bool("return_lse", return_lse)
     nested.refuse(query, key, value)
     prepare = _packed if "cu_seqlens_q" in arguments else _dense
     spec, tensors = prepare(query, key, value, **arguments)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_dtype
 
+FAR = 2**60  # positions are clamped here and windows at twice this: beyond every length, and sums stay in 64 bits
 MIN_BIAS = -2.3e38  # finite biases are clamped here: times log2(e) it is still finite in float32
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of query, key, value, attn_mask, sinks
@@ -30,8 +31,8 @@ def key_range(
     ``pos(i) = i + q_offset``, ``lo = max(start, pos - left)``, ``hi = min(length, pos + right + 1)``.
     """
     pos = rows + q_offset
-    lo = start if spec.window_left is None else torch.maximum(start, pos - spec.window_left)
-    hi = length if spec.window_right is None else torch.minimum(length, pos + spec.window_right + 1)
+    lo = start if spec.window_left is None else torch.maximum(start, pos - min(spec.window_left, 2 * FAR))
+    hi = length if spec.window_right is None else torch.minimum(length, pos + min(spec.window_right, 2 * FAR) + 1)
     return lo, hi
 
 
@@ -47,7 +48,7 @@ def _positions(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor
     length = per_sample(t.kv_lengths, Lk)
     start = per_sample(t.kv_starts, 0)
     bottom_right = t.q_offset is None and spec.q_offset is None
-    offset = length - Lq if bottom_right else per_sample(t.q_offset, spec.q_offset or 0)
+    offset = length - Lq if bottom_right else per_sample(t.q_offset, spec.q_offset or 0).clamp(-FAR, FAR)
     return offset, start, length, torch.arange(Lq, device=device).view(1, 1, Lq, 1)
 
 

@@ -297,6 +297,21 @@ def to_dtype(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: convert(name, x) for name, x in kwargs.items()}
 
 
+def visible(kwargs: dict[str, Any]) -> Tensor:
+    """Which keys some row of some query head sees: bool ``[B, Hkv, Lk]``, packed ``[total_k, Hkv]``.
+
+    By the gradient of a sum over values, with equal weights: none can underflow.
+    """
+    kwargs = {n: x.detach() if isinstance(x, Tensor) else x for n, x in to_dtype(kwargs, torch.float64).items()}
+    kwargs |= {"scale": 0.0, "alibi_slopes": None, "sinks": None, "dropout_p": 0.0}
+    mask = kwargs.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        kwargs["attn_mask"] = mask > -torch.inf
+    value = torch.zeros(*kwargs["key"].shape[:-1], 1, dtype=torch.float64, requires_grad=True)
+    out = run(kwargs | {"key": torch.zeros_like(kwargs["key"]), "value": value}, backend="reference")
+    return torch.autograd.grad(out.sum(), value)[0][..., 0] > 0
+
+
 def to_pages(kwargs: dict[str, Any], page_size: int, *, fill: float = math.nan, seed: int = 0) -> dict[str, Any]:
     """The same dense problem with paged keys.
 
@@ -380,11 +395,10 @@ def assert_close(actual: Tensor, emulated: Tensor, truth: Tensor, name: str = "o
     assert abs(signed) <= allowed, f"{name}: signed error {signed:.3g}, allowed {allowed:.3g}"
 
 
-@functools.cache
-def expected(
-    case: Case, dtype: torch.dtype, through: tuple[str, ...] = (), seed: int = 0
+def emulation_and_truth(
+    kwargs: dict[str, Any], through: tuple[str, ...] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the fused emulation in ``dtype`` and the float64 reference give for the case, both on the CPU.
+    """What the fused emulation in the inputs' dtype and the float64 reference give, both on the CPU.
 
     ``through`` is that of ``forward_and_gradients``. Any forward pairs with any backward, so the emulated backward
     gets the true out, rounded, and the true lse, an epsilon off. The lse of its own forward shares its rounding errors
@@ -394,21 +408,33 @@ def expected(
     def on_reference(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return run(kwargs, backend="reference", return_lse=True)
 
-    kwargs = make_inputs(case, dtype, seed=seed, requires_grad=bool(through))
     exact = to_dtype(kwargs, torch.float64)
     emulated, truth = (forward_and_gradients(k, on_reference, through) for k in (kwargs, exact))
     if through:
         signs = torch.randint(0, 2, truth["lse"].shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
-        forward = truth["out"].to(dtype), (truth["lse"] * (1 + signs * torch.finfo(torch.float32).eps)).float()
+        lse = (truth["lse"] * (1 + signs * torch.finfo(torch.float32).eps)).float()
+        forward = truth["out"].to(kwargs["query"].dtype), lse
         with mock.patch.object(reference, "forward", lambda spec, tensors: forward):
             emulated = forward_and_gradients(kwargs, on_reference, through) | {n: emulated[n] for n in OUTPUTS}
     return emulated, truth
 
 
+@functools.cache
+def expected(
+    case: Case, dtype: torch.dtype, through: tuple[str, ...] = (), seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``emulation_and_truth`` of the case."""
+    return emulation_and_truth(make_inputs(case, dtype, seed=seed, requires_grad=bool(through)), through)
+
+
+def check_results(actual: dict[str, Tensor], emulated: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """Holds what ``forward_and_gradients`` gave to ``emulation_and_truth``, by ``assert_close``."""
+    for name, x in actual.items():
+        assert_close(x, emulated[name], truth[name], name)
+
+
 def check_case(
     actual: dict[str, Tensor], case: Case, dtype: torch.dtype, through: tuple[str, ...] = (), seed: int = 0
 ) -> None:
-    """Holds what ``forward_and_gradients`` gave for the case to ``expected``, by ``assert_close``."""
-    emulated, truth = expected(case, dtype, through, seed)
-    for name, x in actual.items():
-        assert_close(x, emulated[name], truth[name], name)
+    """Holds what ``forward_and_gradients`` gave for the case to ``expected``."""
+    check_results(actual, *expected(case, dtype, through, seed))

@@ -1,4 +1,4 @@
-"""Fixtures: engines (a native backend on one instruction set), seeds, threads, and poisoned memory."""
+"""Fixtures: engines (a backend on one instruction set), seeds, threads, and poisoned memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyattn.testing import Case, forward_and_gradients, run
 
 
 class Engine(NamedTuple):
-    """A native backend, on one instruction set where it has several."""
+    """A backend, on one instruction set where it has several."""
 
     backend: str
     isa: str | None = None
@@ -25,9 +25,10 @@ class Engine(NamedTuple):
 
     @contextlib.contextmanager
     def at_work(self, threads: int = 2) -> Iterator[None]:
-        """So many threads; skips the test if ``why_not`` has a reason against what is computed inside."""
+        """So many threads of kernels; skips the test if ``why_not`` has a reason against what is computed inside."""
         before = torch.get_num_threads()
-        torch.set_num_threads(threads)
+        if self.backend != "reference":
+            torch.set_num_threads(threads)
         try:
             yield
         except NotImplementedError as error:
@@ -77,8 +78,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "engine" in metafunc.fixturenames:
-        metafunc.parametrize("engine", _engines(), indirect=True, ids=str)
+    for name, others in (("engine", []), ("any_engine", [Engine("reference")])):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, _engines() + others, indirect=True, ids=str)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -90,8 +92,17 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Any:
     """Each native backend on each instruction set that this machine has."""
-    chosen: Engine = request.param
-    if chosen.isa is None and cpu.unavailable():
+    yield from _at_hand(request.param)
+
+
+@pytest.fixture
+def any_engine(request: pytest.FixtureRequest) -> Any:
+    """``engine``, and the reference: for what every backend promises."""
+    yield from _at_hand(request.param)
+
+
+def _at_hand(chosen: Engine) -> Iterator[Engine]:
+    if chosen.backend == "cpu" and cpu.unavailable():
         pytest.skip("; ".join(cpu.unavailable()))
     with cpu.use_isa(chosen.isa) if chosen.isa else contextlib.nullcontext():
         yield chosen

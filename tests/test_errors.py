@@ -78,6 +78,9 @@ BAD_DENSE = [
     (TypeError, "key must be .*, got bool", {"key": z(B, HKV, LK, D, dtype=torch.bool)}),
     (TypeError, "key must have the dtype of query", {"key": z(B, HKV, LK, D, dtype=torch.float16)}),
     (TypeError, "value must have the dtype of query", {"value": z(B, HKV, LK, D, dtype=torch.float64)}),
+    (TypeError, "query must be a dense tensor, got .*sparse_coo", {"query": z(B, HQ, LQ, D).to_sparse()}),
+    (TypeError, "key must be a dense tensor, got .*jagged, nested",
+     {"key": torch.nested.nested_tensor([z(3, D)], layout=torch.jagged)}),
     # attn_mask
     (TypeError, "attn_mask must be bool or .*, got int64", {"attn_mask": z(LQ, LK, dtype=torch.int64)}),
     (TypeError, "attn_mask must be .*, got float64", {"attn_mask": z(LQ, LK, dtype=torch.float64)}),
@@ -97,6 +100,8 @@ BAD_DENSE = [
     (TypeError, "window must be an int, got float", {"window": (1.0, 0)}),
     (TypeError, "window must be an int, got bool", {"window": (True, 0)}),
     (TypeError, "q_offset must be an int, got float", {"q_offset": 0.5}),
+    (ValueError, "q_offset must fit in 64 bits", {"q_offset": 2**63}),
+    (ValueError, "window must fit in 64 bits", {"window": (2**70, 0)}),
     (TypeError, "q_offset must be an int, got str", {"q_offset": "end"}),
     (ValueError, r"q_offset must have shape \[B\] = \[2\], got \[3\]", {"q_offset": ints(0, 0, 0)}),
     (TypeError, "q_offset must be int32 or int64, got float32", {"q_offset": z(B)}),
@@ -125,12 +130,15 @@ BAD_DENSE = [
     (TypeError, "dropout_p must be a number", {"dropout_p": "0.1"}),
     (ValueError, "scale must be finite, got nan", {"scale": NAN}),
     (ValueError, "scale must be finite, got inf", {"scale": INF}),
+    (ValueError, r"scale must be finite, got 1e\+39 \(float32 ends at", {"scale": 1e39}),
+    (ValueError, "scale must be finite", {"scale": 10**400}),
     (TypeError, "scale must be a number, got str", {"scale": "0.1"}),
     (TypeError, "scale must be a number, got bool", {"scale": True}),
     (TypeError, "return_lse must be a bool", {"return_lse": "yes"}),
     (ValueError, "backend must be None or one of .*cpu.*reference.*, got 'cuDNN'", {"backend": "cuDNN"}),
     ((TypeError, ValueError), "backend must be", {"backend": 3}),
     ((TypeError, ValueError), "backend must be", {"backend": ["cpu"]}),
+    ((TypeError, ValueError), "backend must be", {"backend": torch.ones(2).numpy()}),
 ]  # fmt: skip
 
 
@@ -150,6 +158,7 @@ BAD_PAGED = [
     (ValueError, r"kv_lengths must lie in \[0, 8\]", {"kv_lengths": ints(9, 0)}),
     (ValueError, "key must have pages of at least one token", keys(5, HKV, 0, D)),
     (NotImplementedError, "no gradient, but query", {"query": z(B, HQ, 1, D, requires_grad=True)}),
+    (TypeError, "attn_mask must be a tensor, got int", {"attn_mask": 1}),
     (NotImplementedError, "no gradient, but key", {"key": z(5, HKV, 4, D, requires_grad=True)}),
 ]  # fmt: skip
 
@@ -171,6 +180,8 @@ BAD_PACKED = [
     (ValueError, "cu_seqlens_q must rise", {"cu_seqlens_q": ints(0, 4, 9)}),
     (ValueError, "cu_seqlens_k must rise", {"cu_seqlens_k": ints(0, 12, 10)}),
     (ValueError, "cu_seqlens_k must rise", {"cu_seqlens_k": ints(0, -4, 10)}),
+    (ValueError, "cu_seqlens_q must rise",  # steps that a sum of 32 bits would take for small ones
+     {name: ints(0, 2**31 - 1, -2, 10) for name in ("cu_seqlens_q", "cu_seqlens_k")}),
     (ValueError, r"cu_seqlens_k must have shape .* = \[3\], got \[2\]", {"cu_seqlens_k": ints(0, 10)}),
     (ValueError, "cu_seqlens_q must have shape", {"cu_seqlens_q": z(0, dtype=torch.int32)}),
     (TypeError, "cu_seqlens_q must be int32, got int64", {"cu_seqlens_q": ints(0, 4, 10, dtype=torch.int64)}),

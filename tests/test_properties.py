@@ -20,6 +20,7 @@ from pyattn.testing import (
     run,
     to_dtype,
     to_pages,
+    visible,
 )
 
 DTYPE = st.sampled_from(DTYPES)
@@ -103,7 +104,7 @@ def test_right_within_an_a_priori_bound(engine, case, dtype, seed):
 def test_gradients_within_an_a_priori_bound(engine, case, dtype, seed, hidden_value):
     """The measure is the gradient in which no two terms cancel. Keys and values that no row sees may be anything."""
     kwargs = make_inputs(case, dtype, seed=seed, requires_grad=True)
-    hidden = ~visible(kwargs, case)[..., None]
+    hidden = ~visible(kwargs)[..., None]
     poisoned = {n: kwargs[n].detach().masked_fill(hidden, hidden_value).requires_grad_() for n in ("key", "value")}
     actual = engine.results(kwargs | poisoned, OUTPUTS)
     exact = to_dtype(kwargs, torch.float64)
@@ -224,17 +225,6 @@ def test_bits_of_a_decode_do_not_depend_on_the_number_of_threads(engine, case, d
         assert_same_bits(engine.results(kwargs, threads=threads), alone)
 
 
-def visible(kwargs, case):
-    """Which keys ``[B, Hkv, Lk]`` some row of some query head sees, by the gradient of a sum over values."""
-    kwargs = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in to_dtype(kwargs, torch.float64).items()}
-    kwargs["scale"] = 0.0
-    if kwargs.get("attn_mask") is not None and kwargs["attn_mask"].is_floating_point():
-        kwargs["attn_mask"] = kwargs["attn_mask"] * 0  # equal weights: none can underflow
-    value = torch.zeros(case.B, case.Hkv, case.Lk, 1, dtype=torch.float64, requires_grad=True)
-    out = run(kwargs | {"value": value}, backend="reference")
-    return torch.autograd.grad(out.sum(), value)[0][..., 0] > 0
-
-
 def loose(dtype):
     """Another path through the kernel may round otherwise; what is asked here is that no NaN shows."""
     return {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
@@ -244,7 +234,7 @@ def loose(dtype):
 def test_a_masked_nan_or_inf_never_shows(engine, case, dtype, seed, poison):
     """In K or in V, behind whatever kind of mask."""
     kwargs = make_inputs(case, dtype, seed=seed)
-    hidden = ~visible(kwargs, case)
+    hidden = ~visible(kwargs)
     assume(hidden.any())
     expected = engine.run(kwargs, return_lse=True)
     for name in ("key", "value"):
@@ -268,7 +258,7 @@ def test_a_nan_that_some_rows_see_stays_with_them(engine, seed, dtype, poison, j
 @given(cases(), SEEDS, st.sampled_from([torch.nan, torch.inf]))
 def test_a_masked_nan_never_shows_in_gradients(case, seed, poison):
     kwargs = make_inputs(dataclasses.replace(case, scale=0.3), torch.float32, seed=seed)
-    hidden = ~visible(kwargs, case)
+    hidden = ~visible(kwargs)
     assume(hidden.any())
     gradients = []
     for fill in (0.0, poison):
