@@ -137,7 +137,7 @@ CASES = [
     Case("packed", packed=((70, 70), (1, 1), (0, 9), (33, 33)), causal=True),
     Case("packed, lengths differ", packed=((5, 80), (64, 3), (7, 0)), window=(30, 2), Hkv=2),
     Case("packed, family", Hq=16, packed=((40, 40), (9, 50)), alibi=True, sinks=True, softcap=5.0, dropout_p=0.2),
-    Case("everything", Hq=16, Lq=60, Lk=150, Hkv=2, D=40, Dv=24, causal=True, window=(100, 0), mask="float", alibi=True,
+    Case("everything", Hq=32, Lq=60, Lk=150, Hkv=2, D=40, Dv=24, causal=True, window=(100, 0), mask="float", alibi=True,
          softcap=4.0, sinks=True, kv_lengths=(150, 90), kv_starts=(10, 0), dropout_p=0.1, scale=0.3),
     # One query and few: their keys may be split over threads.
     Case("decode", Hq=8, Hkv=2, Lq=1, Lk=2500),
@@ -238,7 +238,8 @@ def make_inputs(
             mask = normal(*shape, dtype=dtype if case.mask == "float" else torch.float32)
             kwargs["attn_mask"] = mask.detach().expand(full).requires_grad_(requires_grad)
     if case.alibi:
-        kwargs["alibi_slopes"] = torch.rand(case.Hq, generator=generator).to(device)
+        geometric = 2 ** (-8 * torch.arange(1, case.Hq + 1) / case.Hq)  # as in the paper, but no powers of two
+        kwargs["alibi_slopes"] = (geometric * (0.5 + torch.rand(case.Hq, generator=generator))).to(device)
     if case.sinks:
         kwargs["sinks"] = normal(case.Hq)
     for name in ("kv_lengths", "kv_starts", "q_offset"):
@@ -396,27 +397,46 @@ def assert_close(actual: Tensor, emulated: Tensor, truth: Tensor, name: str = "o
 
 
 def emulation_and_truth(
-    kwargs: dict[str, Any], through: tuple[str, ...] = ()
+    kwargs: dict[str, Any], through: tuple[str, ...] = (), draws: int = 3
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the fused emulation in the inputs' dtype and the float64 reference give, both on the CPU.
 
-    ``through`` is that of ``forward_and_gradients``. Any forward pairs with any backward, so the emulated backward
-    gets the true out, rounded, and the true lse, an epsilon off. The lse of its own forward shares its rounding errors
-    in the scores: they would cancel.
+    ``through`` is that of ``forward_and_gradients``. The largest of a few rounding errors is a matter of luck, so of
+    each result the emulation is the one that errs most of several ``draws``, which sum the scores in different orders.
+
+    Any forward pairs with any backward, so the emulated backward gets the true out, rounded, and the true lse, an
+    epsilon off. The lse of its own forward shares its rounding errors in the scores: they would cancel.
     """
 
     def on_reference(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return run(kwargs, backend="reference", return_lse=True)
 
-    exact = to_dtype(kwargs, torch.float64)
-    emulated, truth = (forward_and_gradients(k, on_reference, through) for k in (kwargs, exact))
-    if through:
-        signs = torch.randint(0, 2, truth["lse"].shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
-        lse = (truth["lse"] * (1 + signs * torch.finfo(torch.float32).eps)).float()
-        forward = truth["out"].to(kwargs["query"].dtype), lse
-        with mock.patch.object(reference, "forward", lambda spec, tensors: forward):
-            emulated = forward_and_gradients(kwargs, on_reference, through) | {n: emulated[n] for n in OUTPUTS}
-    return emulated, truth
+    truth = forward_and_gradients(to_dtype(kwargs, torch.float64), on_reference, through)
+    generator = torch.Generator().manual_seed(2)
+
+    def emulate() -> dict[str, Tensor]:
+        order = torch.randperm(kwargs["query"].shape[-1], generator=generator)
+        shuffled = kwargs | {n: kwargs[n].detach()[..., order] for n in ("query", "key")}
+        shuffled = {
+            n: x.requires_grad_(kwargs[n].requires_grad) if n in ("query", "key") else x for n, x in shuffled.items()
+        }
+        emulated = dict(zip(OUTPUTS, on_reference(shuffled), strict=True))
+        if through:
+            signs = torch.randint(0, 2, truth["lse"].shape, generator=generator) * 2 - 1
+            lse = (truth["lse"] * (1 + signs * torch.finfo(torch.float32).eps)).float()
+            forward = truth["out"].to(kwargs["query"].dtype), lse
+            with mock.patch.object(reference, "forward", lambda spec, tensors: forward):
+                emulated = forward_and_gradients(shuffled, on_reference, through) | emulated
+            for name in ("grad of query", "grad of key"):
+                emulated[name] = emulated[name][..., order.argsort()]
+        return emulated
+
+    def error(emulated: dict[str, Tensor], name: str) -> float:
+        return float((emulated[name] - truth[name]).nan_to_num(posinf=0).abs().max()) if truth[name].numel() else 0.0
+
+    emulations = [emulate() for _ in range(draws)]
+    worst = {name: max((error(e, name), i) for i, e in enumerate(emulations))[1] for name in truth}
+    return {name: emulations[i][name] for name, i in worst.items()}, truth
 
 
 @functools.cache

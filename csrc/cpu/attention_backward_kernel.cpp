@@ -30,6 +30,9 @@ constexpr int kSegment = 96;  // keys of a segment: P and dS of a block stay nea
 
 PYATTN_INLINE int padded(int64_t size) { return static_cast<int>(round_up(size, kLanes)); }
 
+// P, which is at most 1, also where a rounding of lse is more than the range of floats.
+PYATTN_INLINE vf weight_of(vf score, vf lse) { return exp2(min(vf{}, score - lse)); }
+
 // What one thread works in.
 struct Workspace {
   float* q;           // [tile][query_words][kTileLanes]: the queries, transposed
@@ -121,12 +124,12 @@ __attribute__((noinline)) void finish_weights(const Workspace& w, const ScoreTer
   const bool has_softcap = terms.softcap.limit != 0;
   const vf minus_inf = broadcast(-kInf);
   vf largest[kVecs] = {};
-  finish_scores<kVecs>(weights, kBlockM, first, rows, terms, largest, has_softcap ? w.slope + lane : nullptr);
+  finish_scores<kIsDot, kVecs>(weights, kBlockM, first, rows, terms, largest, has_softcap ? w.slope + lane : nullptr);
   const auto finish = [&](int r, int j) __attribute__((always_inline)) {
     const int at = r * kBlockM + j * kLanes, in_segment = (first + r) * kBlockM + lane + j * kLanes;
     const vf score = load(weights + at);
     const vi masked = score == minus_inf;  // beside a NaN: the row's lse and dP may be one
-    const vf weight = masked ? vf{} : exp2(score - load(w.lse + lane + j * kLanes));
+    const vf weight = masked ? vf{} : weight_of(score, load(w.lse + lane + j * kLanes));
     vf kept = weight, dp = load(w.dp + lane + at);
     if (dropout) {
       const vi keep = load(w.keep + in_segment);
@@ -136,7 +139,7 @@ __attribute__((noinline)) void finish_weights(const Workspace& w, const ScoreTer
     vf ds = weight * (dp - load(w.delta + lane + j * kLanes));
     ds = masked ? vf{} : ds;
     if (grad_bias) store(grad_bias + in_segment, load(grad_bias + in_segment) + ds);
-    if (has_softcap) ds *= load(w.slope + lane + at);
+    if (has_softcap) ds = masked ? vf{} : ds * load(w.slope + lane + at);
     if constexpr (kIsDot)
       store_weights(w.p_half + in_segment, kept);
     else
@@ -190,7 +193,7 @@ __attribute__((noinline)) void weights_step(const AttentionBackwardParams& p, co
         for (int j = 0; j < kVecs; ++j) {
           vf x = s[i][j] * scale;
           if constexpr (kPlain) {
-            x = exp2(x - load(lse + j * kLanes));
+            x = weight_of(x, load(lse + j * kLanes));
             if constexpr (kIsDot) store_weights(w.p_half + (first + i) * kBlockM + lane + j * kLanes, x);
           }
           store(weights + i * kBlockM + j * kLanes, x);

@@ -27,7 +27,6 @@ constexpr int kChunk = 1024;
 constexpr int kStep = 64;
 constexpr int kRow = kChunk + 2 * kPanel;  // of scores: rows a power of two apart would share a set of the cache
 constexpr int kFewRows = 4;                // up to so many, transposing the keys costs more than it saves
-constexpr double kLn2 = 0.69314718055994531;
 
 // An online softmax under way: maxima in log2 units, sums, and outputs not yet divided by them.
 struct Partial {
@@ -426,15 +425,12 @@ struct Head {
   void finish(const Partial& sums) const {
     for (int i = 0; i < num_rows; ++i) {
       T* out = row_of<T>(p.out, p.out_stride, i);
-      const float sink = p.sinks ? p.sinks[head_of(i)] * kLog2e : -kInf;
-      const float shift = w.raise_maximum(sums, i, sink);
-      float sum = sink == -kInf ? 0 : std::exp2(sink - shift);
+      float sum = 0;
       for (int j = 0; j < kLanes; ++j) sum += sums.row_sum[i * kLanes + j];
-      const float inverse = sum == 0 ? 0 : 1 / sum;
+      const RowEnd end(sums.row_max[i], sum, p.sinks ? p.sinks[head_of(i)] : -kInf);
       for (int64_t e = 0; e < p.Dv; ++e) w.v[e] = sums.o[i * w.o_row + column<T>(e)];
-      store_row(w.v, static_cast<int>(p.Dv), inverse, out);
-      p.lse[head_of(i) * p.lse_stride_h + i % p.Lq] =
-          static_cast<float>((static_cast<double>(sums.row_max[i]) + std::log2(sum)) * kLn2);
+      store_row(w.v, static_cast<int>(p.Dv), end.factor, out);
+      p.lse[head_of(i) * p.lse_stride_h + i % p.Lq] = end.lse;
     }
   }
 };

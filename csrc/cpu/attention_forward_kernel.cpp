@@ -23,8 +23,6 @@
 namespace pyattn::PYATTN_ISA {
 namespace {
 
-constexpr double kLn2 = 0.69314718055994531;
-
 // What one thread works in.
 struct Workspace {
   float* q;        // [tile][query_words][kTileLanes]: the queries, transposed
@@ -91,7 +89,7 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
     } else {
       vf unfinished[kVecs] = {};
       score_tile<kIsDot, rows(), kVecs>(segment.k[i], segment.k.row_bytes, D, q, scale, s + i * kTileLanes, unfinished);
-      finish_scores<kVecs>(s + i * kTileLanes, kTileLanes, i, rows(), terms, largest);
+      finish_scores<kIsDot, kVecs>(s + i * kTileLanes, kTileLanes, i, rows(), terms, largest);
     }
   });
   HiddenRows& hidden = segment.v.hidden;
@@ -119,12 +117,13 @@ PYATTN_INLINE void call_tile_step(int panels, const AttentionParams& p, const Wo
     call_tile_step<kIsDot, kPanels - 1>(panels, p, w, terms, dropout, segment, query, lane);
 }
 
-// out = factor * O / sum, transposed back; lse = log(sum) + maximum.
+// out = factor * O / sum, transposed back, and lse.
 template <class T>
-void finish(const AttentionParams& p, const Workspace& w, int rows, float factor, T* out, float* lse) {
+void finish(const AttentionParams& p, const Workspace& w, int rows, float sink, float factor, T* out, float* lse) {
   for (int i = 0; i < rows; ++i) {
-    lse[i] = static_cast<float>((static_cast<double>(w.row_max[i]) + std::log2(w.row_sum[i])) * kLn2);
-    w.alpha[i] = w.row_sum[i] == 0 ? 0 : factor / w.row_sum[i];
+    const RowEnd end(w.row_max[i], w.row_sum[i], sink);
+    lse[i] = end.lse;
+    w.alpha[i] = factor * end.factor;
   }
   store_transposed(w.o, w.alpha, rows, static_cast<int>(p.Dv), out, p.out_stride.l);
 }
@@ -146,11 +145,9 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
     float* column = w.o + lane / kTileLanes * round_up(p.Dv, kLanes) * kTileLanes + lane % kTileLanes;
     for (int64_t e = 0; e < round_up(p.Dv, kLanes); ++e) store(column + e * kTileLanes, vf{});
   }
-  // A sink is a weight that was there before all keys.
-  const float sink = p.sinks ? p.sinks[h] * kLog2e : -kInf;
   for (int i = 0; i < ranges.live_lanes; ++i) {
-    w.row_max[i] = sink;
-    w.row_sum[i] = sink == -kInf ? 0 : 1;
+    w.row_max[i] = -kInf;
+    w.row_sum[i] = 0;
   }
   Segment segment;
   for_segments(ranges, p.Lk, kBlockN, [&](int64_t first, int count, bool edge) {
@@ -175,7 +172,8 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
     }
   });
   T* out = static_cast<T*>(p.out) + h * p.out_stride.h + first_query * p.out_stride.l;
-  finish(p, w, ranges.rows, dropout ? dropout.factor : 1, out, p.lse + h * p.lse_stride_h + first_query);
+  finish(p, w, ranges.rows, p.sinks ? p.sinks[h] : -kInf, dropout ? dropout.factor : 1, out,
+         p.lse + h * p.lse_stride_h + first_query);
 }
 
 // Every `slices`-th block of the query heads of a sample that share a key head.

@@ -110,7 +110,7 @@ struct HiddenRows {
 // What the scores of one head of one sample are made of, beside the products.
 struct HeadTerms {
   Softcap softcap;
-  float scale;  // of the products of queries and keys: to log2 units, or with a softcap to the unit of its limit
+  float scale;  // of the products of queries and keys: to log2 units, or with a softcap to that of its limit
   float slope;
   const char* mask;  // of the head, or null
 

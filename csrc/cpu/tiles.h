@@ -55,6 +55,12 @@ class Softcap {
     return divide(x * numerator, denominator);
   }
 
+  // 1 - tanh(x)^2 = 4 u / (1 + u)^2 with u = exp(-2 |x|): as precise where tanh is nearly 1.
+  static PYATTN_INLINE vf derivative(vf x) {
+    const vf u = exp2(min(x, -x) * broadcast(2.88539008177792681f)), sum = 1 + u;  // 2 log2(e)
+    return divide(4 * u, sum * sum);
+  }
+
  private:
   float numerator_[5];
 };
@@ -258,7 +264,7 @@ void add_products(const char* a, int64_t a_row, int rows, B b, int words, float*
 // What makes scores of the products scale * q . k, in this order; what is 0 or null is left out. Rows are keys, and
 // count from the first of a tile.
 struct ScoreTerms {
-  Softcap softcap;         // of products that have been divided by its limit
+  Softcap softcap;
   float scale;             // of the products
   float slope;             // ALiBi: -slope * |position of the lane's query - row|
   float position;          // of the query of lane 0
@@ -272,7 +278,7 @@ struct ScoreTerms {
 // The scores of rows [first, first + rows), which lie `stride` floats apart from s on, and -inf where masked: a masked
 // score may have been NaN. Raises `largest` to them. The derivatives of the softcap go to `softcap_slope`, unless that
 // is null.
-template <int kVecs>
+template <bool kIsDot, int kVecs>
 PYATTN_INLINE void finish_scores(float* s, int64_t stride, int first, int rows, const ScoreTerms& terms,
                                  vf (&largest)[kVecs], float* softcap_slope = nullptr) {
   const vf minus_inf = broadcast(-kInf);
@@ -283,10 +289,12 @@ PYATTN_INLINE void finish_scores(float* s, int64_t stride, int first, int rows, 
     if (terms.softcap.limit != 0) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
-        x[j] = terms.softcap(x[j]);
+        const vf product = x[j];
+        x[j] = terms.softcap(product);
         if (!softcap_slope) continue;
-        const vf ratio = x[j] * broadcast(1 / terms.softcap.limit);
-        store(softcap_slope + (r - first) * stride + j * kLanes, 1 - ratio * ratio);
+        const vf ratio = x[j] * broadcast(1 / terms.softcap.limit);  // precise enough for operands of 8 bits
+        store(softcap_slope + (r - first) * stride + j * kLanes,
+              kIsDot ? 1 - ratio * ratio : Softcap::derivative(product));
       }
     }
     if (terms.slope != 0) {
@@ -360,6 +368,25 @@ PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], 
   for (int j = 0; j < kVecs; ++j)
     store(row_sum + j * kLanes, load(row_sum + j * kLanes) * load(alpha + j * kLanes) + sum[j]);
 }
+
+// What ends a row: its lse, and what its output must be multiplied by. A sink is one more weight, without a value.
+struct RowEnd {
+  float lse, factor;
+
+  RowEnd(float row_max, float row_sum, float sink) {
+    constexpr double kLn2 = 0.69314718055994531;
+    const double log_max = static_cast<double>(row_max) * kLn2;
+    if (sink == -kInf) {
+      lse = static_cast<float>(log_max + std::log2(row_sum) * kLn2);
+      factor = row_sum == 0 ? 0 : 1 / row_sum;
+      return;
+    }
+    const double top = std::fmax(log_max, sink), share = std::exp(log_max - top);
+    const double sum = row_sum * share + std::exp(sink - top);
+    lse = static_cast<float>(top + std::log(sum));
+    factor = static_cast<float>(share / sum);
+  }
+};
 
 // The weights of keys [key, key + keys), as softmax_step leaves them, for the lanes from query `query` on: 0 where
 // dropped.
