@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -354,55 +354,58 @@ def _ulp(magnitude: float, dtype: torch.dtype) -> float:
     return 2.0**exponent * info.eps
 
 
-def assert_close(actual: Tensor, emulated: Tensor, truth: Tensor, name: str = "out") -> None:
-    """``actual`` is about as near to the float64 ``truth`` as the ``emulated`` result of the same dtype is.
+def assert_close(actual: Tensor, emulations: Sequence[Tensor], truth: Tensor, name: str = "out") -> None:
+    """``actual`` is about as near to the float64 ``truth`` as the ``emulations`` of the same dtype are.
 
-    With errors taken against the truth: the largest error is at most twice the emulation's plus half an ulp of the
-    largest value; the relative L2 error at most twice the emulation's plus half an epsilon; and so for the signed
-    error along the truth, averaged over everything, in which roundings cancel and a systematic error (a scale that is
-    0.2% off, in bfloat16) does not, plus four times the spread that roundings leave in such an average, and four
-    epsilons of the float32 that kernels compute in. Infinities must stand where the truth has them, and there must be
-    no NaN.
+    With errors taken against the truth, and of the emulations the worst: the largest error is at most twice the
+    emulation's plus half an ulp of the largest value; the relative L2 error at most twice the emulation's plus half an
+    epsilon; and so for the signed error along the truth, averaged over everything, in which roundings cancel and a
+    systematic error (a scale that is 0.2% off, in bfloat16) does not, plus four times the spread that roundings leave
+    in such an average, and four epsilons of the float32 that kernels compute in. Infinities must stand where the truth
+    has them, and there must be no NaN.
 
     Raises:
         AssertionError: with the figures of what failed.
     """
+    dtype = emulations[0].dtype
     assert actual.shape == truth.shape, f"{name}: shape {list(actual.shape)}, expected {list(truth.shape)}"
-    assert actual.dtype == emulated.dtype, f"{name}: dtype {actual.dtype}, expected {emulated.dtype}"
-    dtype = actual.dtype
-    a, e, t = (x.detach().to(device="cpu", dtype=torch.float64) for x in (actual, emulated, truth))
+    assert actual.dtype == dtype, f"{name}: dtype {actual.dtype}, expected {dtype}"
+    a, t, *es = (x.detach().to(device="cpu", dtype=torch.float64) for x in (actual, truth, *emulations))
     assert not a.isnan().any(), f"{name}: {int(a.isnan().sum())} of {a.numel()} values are NaN"
     infinite = t.isinf()
     assert torch.equal(a[infinite], t[infinite]), f"{name}: infinities differ from the reference"
-    a, e, t = (x.masked_fill(infinite, 0) for x in (a, e, t))
+    a, t, *es = (x.masked_fill(infinite, 0) for x in (a, t, *es))
     assert a.isfinite().all(), f"{name}: infinite where the reference is finite"
     if a.numel() == 0:
         return
     epsilon, norm = torch.finfo(dtype).eps, float(t.norm())
-    largest, allowed = (
-        float((a - t).abs().max()),
-        2 * float((e - t).abs().max()) + _ulp(float(t.abs().max()), dtype) / 2,
-    )
+    worst = max(float((e - t).abs().max()) for e in es)
+    largest, allowed = float((a - t).abs().max()), 2 * worst + _ulp(float(t.abs().max()), dtype) / 2
     assert largest <= allowed, f"{name}: largest error {largest:.3g}, allowed {allowed:.3g}"
     if norm == 0:
         return
-    l2, allowed = float((a - t).norm()) / norm, 2 * float((e - t).norm()) / norm + epsilon / 2
+    worst = max(float((e - t).norm()) for e in es) / norm
+    l2, allowed = float((a - t).norm()) / norm, 2 * worst + epsilon / 2
     assert l2 <= allowed, f"{name}: relative L2 error {l2:.3g}, allowed {allowed:.3g}"
-    signed, emulated_signed = (float(((x - t) * t).sum()) / norm**2 for x in (a, e))
+    signed, *emulated_signed = (float(((x - t) * t).sum()) / norm**2 for x in (a, *es))
     # The rounding of one weight shifts a whole vector, so the vectors are what errs independently.
-    spread = max(float(((e - t) * t).sum(-1).norm()) / norm**2, epsilon / math.sqrt(t.count_nonzero()))
+    spread = max(float(((e - t) * t).sum(-1).norm()) / norm**2 for e in es)
+    spread = max(spread, epsilon / math.sqrt(t.count_nonzero()))
     # An lse between 4 and 8, rounded to float32, alone shifts all weights of its row by up to two epsilons.
-    allowed = 2 * abs(emulated_signed) + 4 * spread + 4 * torch.finfo(torch.float32).eps
+    allowed = 2 * max(abs(x) for x in emulated_signed) + 4 * spread + 4 * torch.finfo(torch.float32).eps
     assert abs(signed) <= allowed, f"{name}: signed error {signed:.3g}, allowed {allowed:.3g}"
 
 
-def emulation_and_truth(
+Results = dict[str, Tensor]
+
+
+def emulations_and_truth(
     kwargs: dict[str, Any], through: tuple[str, ...] = (), draws: int = 3
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[list[Results], Results]:
     """What the fused emulation in the inputs' dtype and the float64 reference give, both on the CPU.
 
-    ``through`` is that of ``forward_and_gradients``. The largest of a few rounding errors is a matter of luck, so of
-    each result the emulation is the one that errs most of several ``draws``, which sum the scores in different orders.
+    ``through`` is that of ``forward_and_gradients``. The largest of a few rounding errors is a matter of luck, so there
+    are several ``draws`` of the emulation, which sum the scores in different orders.
 
     Any forward pairs with any backward, so the emulated backward gets the true out, rounded, and the true lse, an
     epsilon off. The lse of its own forward shares its rounding errors in the scores: they would cancel.
@@ -413,44 +416,40 @@ def emulation_and_truth(
 
     truth = forward_and_gradients(to_dtype(kwargs, torch.float64), on_reference, through)
     generator = torch.Generator().manual_seed(2)
+    head_dim = kwargs["query"].shape[-1]
 
-    def emulate() -> dict[str, Tensor]:
-        order = torch.randperm(kwargs["query"].shape[-1], generator=generator)
-        shuffled = kwargs | {n: kwargs[n].detach()[..., order] for n in ("query", "key")}
-        shuffled = {
-            n: x.requires_grad_(kwargs[n].requires_grad) if n in ("query", "key") else x for n, x in shuffled.items()
-        }
-        emulated = dict(zip(OUTPUTS, on_reference(shuffled), strict=True))
-        if through:
-            signs = torch.randint(0, 2, truth["lse"].shape, generator=generator) * 2 - 1
-            lse = (truth["lse"] * (1 + signs * torch.finfo(torch.float32).eps)).float()
-            forward = truth["out"].to(kwargs["query"].dtype), lse
-            with mock.patch.object(reference, "forward", lambda spec, tensors: forward):
-                emulated = forward_and_gradients(shuffled, on_reference, through) | emulated
-            for name in ("grad of query", "grad of key"):
-                emulated[name] = emulated[name][..., order.argsort()]
-        return emulated
+    def emulate(order: Tensor) -> Results:
+        """With the elements of each head in another order."""
+        ordered = {n: kwargs[n].detach()[..., order] for n in ("query", "key")}
+        ordered = kwargs | {n: x.requires_grad_(kwargs[n].requires_grad) for n, x in ordered.items()}
+        forward = dict(zip(OUTPUTS, (x.detach() for x in on_reference(ordered)), strict=True))
+        if not through:
+            return forward
+        signs = torch.randint(0, 2, truth["lse"].shape, generator=generator) * 2 - 1
+        lse = (truth["lse"] * (1 + signs * torch.finfo(torch.float32).eps)).float()
+        rounded = truth["out"].to(kwargs["query"].dtype), lse
+        with mock.patch.object(reference, "forward", lambda spec, tensors: rounded):
+            results = forward_and_gradients(ordered, on_reference, through)
+        for name in ("grad of query", "grad of key"):
+            results[name] = results[name][..., order.argsort()]
+        return results | forward
 
-    def error(emulated: dict[str, Tensor], name: str) -> float:
-        return float((emulated[name] - truth[name]).nan_to_num(posinf=0).abs().max()) if truth[name].numel() else 0.0
-
-    emulations = [emulate() for _ in range(draws)]
-    worst = {name: max((error(e, name), i) for i, e in enumerate(emulations))[1] for name in truth}
-    return {name: emulations[i][name] for name, i in worst.items()}, truth
+    orders = [torch.arange(head_dim), *(torch.randperm(head_dim, generator=generator) for _ in range(draws - 1))]
+    return [emulate(order) for order in orders], truth
 
 
 @functools.cache
 def expected(
     case: Case, dtype: torch.dtype, through: tuple[str, ...] = (), seed: int = 0
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """``emulation_and_truth`` of the case."""
-    return emulation_and_truth(make_inputs(case, dtype, seed=seed, requires_grad=bool(through)), through)
+) -> tuple[list[Results], Results]:
+    """``emulations_and_truth`` of the case."""
+    return emulations_and_truth(make_inputs(case, dtype, seed=seed, requires_grad=bool(through)), through)
 
 
-def check_results(actual: dict[str, Tensor], emulated: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    """Holds what ``forward_and_gradients`` gave to ``emulation_and_truth``, by ``assert_close``."""
+def check_results(actual: Results, emulations: list[Results], truth: Results) -> None:
+    """Holds what ``forward_and_gradients`` gave to ``emulations_and_truth``, by ``assert_close``."""
     for name, x in actual.items():
-        assert_close(x, emulated[name], truth[name], name)
+        assert_close(x, [emulated[name] for emulated in emulations], truth[name], name)
 
 
 def check_case(

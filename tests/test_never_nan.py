@@ -19,7 +19,7 @@ from pyattn.testing import (
     Case,
     check_case,
     check_results,
-    emulation_and_truth,
+    emulations_and_truth,
     make_inputs,
     random_grads,
     run,
@@ -111,7 +111,7 @@ def rows_without_keys(name, family, dtype):
     _, lse = run(plain, backend="reference", return_lse=True)
     blind = lse == -INF
     assert int(blind.sum()) == blind_rows * case.Hq
-    return kwargs, blind, emulation_and_truth(kwargs, through(kwargs))
+    return kwargs, blind, emulations_and_truth(kwargs, through(kwargs))
 
 
 @by_dtype
@@ -179,7 +179,7 @@ HIDDEN = {
 @functools.cache
 def hidden_keys(name, dtype):
     kwargs = inputs(*HIDDEN[name], dtype)
-    return kwargs, ~visible(kwargs), emulation_and_truth(kwargs, OUTPUTS)
+    return kwargs, ~visible(kwargs), emulations_and_truth(kwargs, OUTPUTS)
 
 
 @by_dtype
@@ -225,8 +225,9 @@ def partly_hidden_key(name, dtype):
     out, lse = run(to_dtype(kwargs | {"value": one_key}, torch.float64), backend="reference", return_lse=True)
     sees = by_row({"out": out.detach(), "lse": lse})["out"][..., 0] > 0
     assert sees.any() and not sees.all()
-    expected = [{n: x[~sees] for n, x in by_row(r).items()} for r in emulation_and_truth(kwargs, OUTPUTS)]
-    return kwargs, (axis, j), sees, expected
+    emulations, truth = emulations_and_truth(kwargs, OUTPUTS)
+    *emulations, truth = ({n: x[~sees] for n, x in by_row(r).items()} for r in (*emulations, truth))
+    return kwargs, (axis, j), sees, (emulations, truth)
 
 
 @by_dtype
@@ -411,7 +412,7 @@ BEYOND_LSE = {
 @functools.cache
 def extreme(name, dtype):
     kwargs = inputs(*EXTREME[name], dtype)
-    return kwargs, emulation_and_truth(kwargs, OUTPUTS)
+    return kwargs, emulations_and_truth(kwargs, OUTPUTS)
 
 
 @by_dtype
@@ -427,7 +428,7 @@ def test_scores_beyond_the_precision_of_lse(name, dtype, any_engine):
     kwargs = inputs(*BEYOND_LSE[name], dtype)
     results = any_engine.results(kwargs, OUTPUTS)
     forward = {name: results.pop(name) for name in OUTPUTS}
-    check_results(forward, *emulation_and_truth(kwargs))
+    check_results(forward, *emulations_and_truth(kwargs))
     for name, x in results.items():
         assert x.isfinite().all(), name
 

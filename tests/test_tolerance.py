@@ -32,8 +32,8 @@ by_seed = pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("case", CASES)
 def test_the_emulation_is_near_the_truth(case, dtype):
     """The rule's measure must itself be good: a poor emulation would let everything pass."""
-    emulated, truth = expected(case, dtype, OUTPUTS if case.differentiable else ())
-    for name, x in emulated.items():
+    emulations, truth = expected(case, dtype, OUTPUTS if case.differentiable else ())
+    for name, x in (item for emulated in emulations for item in emulated.items()):
         of_float32 = name == "lse" or (name == "grad of attn_mask" and case.mask == "float32")
         assert x.dtype == (torch.float32 if of_float32 else dtype)
         finite = truth[name].isfinite()
@@ -41,7 +41,7 @@ def test_the_emulation_is_near_the_truth(case, dtype):
         error, norm = float((x.double() - truth[name])[finite].norm()), float(truth[name][finite].norm())
         computed_in = torch.float32 if name == "lse" else dtype  # a float32 mask's gradient has seen a rounded out
         # float32 sums hundreds of terms in float32; the others are rounded more coarsely than they are summed
-        epsilons = 16 if computed_in == torch.float32 else 2
+        epsilons = 20 if computed_in == torch.float32 else 2
         assert error <= epsilons * torch.finfo(computed_in).eps * norm, f"{name}: {error / norm:.3g}"
 
 
@@ -227,23 +227,23 @@ def test_a_planted_bug_in_a_gradient_is_caught(dtype, bug):
 def test_one_bad_element_is_caught(bad):
     truth = torch.zeros(50, dtype=torch.float64)
     actual = emulated = truth.float()
-    assert_close(actual, emulated, truth)
+    assert_close(actual, [emulated], truth)
     actual = actual.index_fill(0, torch.tensor([17]), bad)
     with pytest.raises(AssertionError, match=r"NaN|infinit|largest error"):
-        assert_close(actual, emulated, truth)
+        assert_close(actual, [emulated], truth)
 
 
 def test_an_infinity_must_stand_where_the_truth_has_one():
     """The lse of a row without keys is -inf, and neither 0 nor a large negative number."""
     truth = torch.tensor([0.0, -torch.inf], dtype=torch.float64)
-    assert_close(truth.float(), truth.float(), truth)
+    assert_close(truth.float(), [truth.float()], truth)
     with pytest.raises(AssertionError, match="infinities differ"):
-        assert_close(torch.tensor([0.0, -1e30]), truth.float(), truth)
+        assert_close(torch.tensor([0.0, -1e30]), [truth.float()], truth)
 
 
 def test_shape_and_dtype_must_be_those_of_the_reference():
     truth = torch.zeros(2, 3, dtype=torch.float64)
     with pytest.raises(AssertionError, match="shape"):
-        assert_close(torch.zeros(3, 2), torch.zeros(2, 3), truth)
+        assert_close(torch.zeros(3, 2), [torch.zeros(2, 3)], truth)
     with pytest.raises(AssertionError, match="dtype"):
-        assert_close(torch.zeros(2, 3).half(), torch.zeros(2, 3), truth)
+        assert_close(torch.zeros(2, 3).half(), [torch.zeros(2, 3)], truth)
