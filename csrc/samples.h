@@ -62,17 +62,15 @@ inline int64_t pairs_of(const AttentionParams& sample) {
   return sample.Lq * (ranges.length > ranges.start ? ranges.length - ranges.start : 0);
 }
 
-// The samples of which `wanted(sample)`, in the order in which threads should take them: what is long comes first, so
-// that no thread is left alone with it in the end.
-template <class Wanted>
-std::vector<int64_t> longest_first(const AttentionParams& p, const Wanted& wanted) {
-  std::vector<int64_t> samples, pairs(static_cast<size_t>(p.B));
-  for (int64_t b = 0; b < p.B; ++b) {
-    const AttentionParams sample = sample_of(p, b);
-    pairs[b] = pairs_of(sample);
-    if (wanted(sample)) samples.push_back(b);
-  }
-  std::stable_sort(samples.begin(), samples.end(), [&](int64_t a, int64_t b) { return pairs[a] > pairs[b]; });
+// The samples in the order in which threads should take them: what is long comes first, so that no thread is left alone
+// with it in the end.
+template <class Params>
+std::vector<Params> longest_first(const Params& p) {
+  std::vector<Params> samples;
+  samples.reserve(static_cast<size_t>(p.B));
+  for (int64_t b = 0; b < p.B; ++b) samples.push_back(sample_of(p, b));
+  std::stable_sort(samples.begin(), samples.end(),
+                   [](const Params& x, const Params& y) { return pairs_of(x) > pairs_of(y); });
   return samples;
 }
 

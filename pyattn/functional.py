@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from pyattn.explanation import Explanation
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem
 
 Window = tuple[int | None, int | None]
+_NO_OPTIONS = (None,) * 6
+_MOST_PREPARED = 4096
+_prepared: dict[tuple[Any, ...], ops.Call] = {}  # calls of query, key and value alone that have passed the checks
 
 
 def _spec(
@@ -100,6 +104,31 @@ def _dense(
     return result
 
 
+def _plain_call(
+    query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...], dropout_p: float, numbers: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """All that the checks of a call look at, hashable; None unless it is query, key and value alone, and unobserved."""
+    window, q_offset = numbers[1:3]
+    if (
+        not all(map(operator.is_, options, _NO_OPTIONS))
+        or type(dropout_p) is not float
+        or dropout_p
+        or not (window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window)))
+        or isinstance(q_offset, Tensor)
+        or not ops.unobserved((query, key, value))
+    ):
+        return None
+    plain = (
+        query.shape, query.stride(), query.dtype, key.shape, key.stride(), key.dtype,
+        value.shape, value.stride(), value.dtype, numbers, tuple(map(type, numbers)),  # True and 1.0 equal 1
+    )  # fmt: skip
+    try:
+        hash(numbers)
+    except TypeError:
+        return None
+    return plain
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -167,6 +196,12 @@ def attention(
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
     """
+    plain = _plain_call(
+        query, key, value, (attn_mask, alibi_slopes, sinks, kv_lengths, kv_starts, block_table), dropout_p,
+        (causal, window, q_offset, softcap, scale, return_lse, backend),
+    )  # fmt: skip
+    if plain is not None and (call := _prepared.get(plain)) is not None:
+        return ops.directly(call, AttentionTensors(query, key, value))
     backend = dispatch.check_backend(backend)
     checks.check_bool("return_lse", return_lse)
     if isinstance(query, Tensor) and query.is_nested:
@@ -205,6 +240,10 @@ def attention(
         dropout_p=dropout_p,
         scale=scale,
     )
+    if plain is not None and (call := ops.prepare(spec, tensors, backend, return_lse)) is not None:
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        _prepared[plain] = call
     out, lse = ops.attention(spec, tensors, backend)
     return (out, lse) if return_lse else out
 

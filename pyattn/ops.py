@@ -6,17 +6,18 @@ registered with ``Library.define`` and ``impl``: ``torch.library.custom_op`` cos
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.nested._internal.nested_tensor import NestedTensor
 
 from pyattn import batching, dispatch, flops, log, nested
 from pyattn.checks import check_gradients, check_values
-from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_dtype, lse_shape
+from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem, empty_output, lse_dtype, lse_shape
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(
     f"Tensor? {name}" for name in AttentionTensors._fields[3:]
@@ -26,8 +27,14 @@ _SPEC = (
     "SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 _NUM_TENSORS = len(AttentionTensors._fields)
-_ALIBI_SLOPES, _BLOCK_TABLE = (AttentionTensors._fields.index(name) for name in ("alibi_slopes", "block_table"))
+_ATTN_MASK, _ALIBI_SLOPES, _BLOCK_TABLE = map(
+    AttentionTensors._fields.index, ("attn_mask", "alibi_slopes", "block_table")
+)
+_PLAIN_FIELDS = (0, 1, 2)  # query, key, value, and no more
+_NO_OPTIONS = (None,) * (_NUM_TENSORS - len(_PLAIN_FIELDS))
 _NUM_ARGS = _NUM_TENSORS + len(AttentionSpec._fields)
+
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("pyattn", "DEF")
 _library.define(f"attention_forward({_TENSORS}, {_SPEC}, str backend) -> (Tensor, Tensor)")
@@ -41,24 +48,55 @@ _backward_op = torch.ops.pyattn.attention_backward.default
 
 
 def _unpack(args: tuple[Any, ...]) -> tuple[AttentionSpec, AttentionTensors]:
-    """Tensors and spec of an op's arguments, with last strides of 1: kernels take any other stride."""
-    query, key, value = args[:3]
-    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
-        args = (*(x if x.stride(-1) == 1 else x.contiguous() for x in args[:3]), *args[3:])
     return AttentionSpec._make(args[_NUM_TENSORS:_NUM_ARGS]), AttentionTensors._make(args[:_NUM_TENSORS])
+
+
+def _with_dense_rows(t: AttentionTensors) -> AttentionTensors:
+    """Query, key and value with last strides of 1: kernels take any other stride."""
+    query, key, value = t[:3]
+    if query.stride(-1) == 1 and key.stride(-1) == 1 and value.stride(-1) == 1:
+        return t
+    return AttentionTensors._make((*(x if x.stride(-1) == 1 else x.contiguous() for x in t[:3]), *t[3:]))
+
+
+class Call:
+    """One kind of call: all but its tensors. Backends that have been chosen for it stay chosen."""
+
+    __slots__ = ("_backends", "direct", "fields", "requested", "returns_lse", "spec")
+
+    def __init__(
+        self, spec: AttentionSpec, requested: str, fields: tuple[int, ...], direct: bool, returns_lse: bool = True
+    ) -> None:
+        self.spec = spec
+        self.requested = requested  # the backend's name, or "auto"
+        self.fields = fields  # of AttentionTensors, that are given
+        self.direct = direct  # whether it may go past torch's dispatcher
+        self.returns_lse = returns_lse  # an output that nobody asked for costs time, too
+        self._backends: dict[Op, dispatch.Backend] = {}
+
+    def backend(self, op: Op, t: AttentionTensors) -> dispatch.Backend:
+        found = self._backends.get(op)
+        if found is None:
+            found = self._backends[op] = dispatch.select(Problem.of(op, self.spec, t), self.requested)
+        return found
 
 
 # ---- forward ------------------------------------------------------------------------------------------------
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    spec, tensors = _unpack(args)
-    check_values(tensors, spec.max_seqlen_q, spec.max_seqlen_k)
-    problem = Problem.of("forward", spec, tensors)
-    backend = dispatch.select(problem, args[-1])
+def _compute_forward(call: Call, t: AttentionTensors) -> tuple[Tensor, Tensor]:
+    spec, backend = call.spec, call.backend("forward", t)
     if log.depth:
-        return log.timed(problem, args[-1], lambda: backend.forward(spec, tensors))
-    return backend.forward(spec, tensors)
+        problem = Problem.of("forward", spec, t)
+        return log.timed(problem, call.requested, lambda: backend.forward(spec, t))
+    return backend.forward(spec, t)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    spec, t = _unpack(args)
+    t = _with_dense_rows(t)
+    check_values(t, spec.max_seqlen_q, spec.max_seqlen_k)
+    return _compute_forward(Call(spec, args[-1], (), False), t)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -75,17 +113,21 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
+def _compute_backward(call: Call, t: AttentionTensors, *incoming: Any) -> Gradients:
+    """``incoming``: out, lse, their gradients, and whether the mask's gradient is needed."""
+    spec, backend = call.spec, call.backend("backward", t)
+    if log.depth:
+        problem = Problem.of("backward", spec, t)
+        return log.timed(problem, call.requested, lambda: backend.backward(spec, t, *incoming))
+    return backend.backward(spec, t, *incoming)
+
+
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spec, tensors = _unpack(args)
-    problem = Problem.of("backward", spec, tensors)
-    backend = dispatch.select(problem, args[-1])
-
-    def run() -> Gradients:
-        return backend.backward(spec, tensors, *args[_NUM_ARGS:-1])
-
-    dq, dk, dv, dmask, dsinks = log.timed(problem, args[-1], run) if log.depth else run()
+    spec, t = _unpack(args)
+    t = _with_dense_rows(t)
+    dq, dk, dv, dmask, dsinks = _compute_backward(Call(spec, args[-1], (), False), t, *args[_NUM_ARGS:-1])
     # An op cannot return an optional tensor: an empty one stands for "no gradient".
-    nothing = [tensors.query.new_empty(0) for _ in range(2)]
+    nothing = [t.query.new_empty(0) for _ in range(2)]
     return dq, dk, dv, nothing[0] if dmask is None else dmask, nothing[1] if dsinks is None else dsinks
 
 
@@ -118,37 +160,63 @@ def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
 # Function of one level; torch.autograd.Function would start over at the top of the levels.
 
 
+def _given(t: AttentionTensors) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+    """The tensors that are not None, and which fields they are."""
+    if t[3:] == _NO_OPTIONS:
+        return _PLAIN_FIELDS, t[:3]
+    fields = tuple([i for i, x in enumerate(t) if x is not None])
+    return fields, tuple([t[i] for i in fields])  # type: ignore[misc]
+
+
+def _spread(given: Sequence[Tensor], fields: tuple[int, ...]) -> AttentionTensors:
+    if fields == _PLAIN_FIELDS:
+        return AttentionTensors._make((*given, *_NO_OPTIONS))
+    tensors: list[Tensor | None] = [None] * _NUM_TENSORS
+    for field, x in zip(fields, given, strict=True):
+        tensors[field] = x
+    return AttentionTensors._make(tensors)
+
+
 class _Attention(torch.autograd.function._SingleLevelFunction):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        if ctx.needs_input_grad[_ALIBI_SLOPES] or args[_BLOCK_TABLE] is not None:
-            # Those of a call inside vmap show only here: there no tensor says that it requires a gradient.
-            needed = [
-                name
-                for name, need in zip(AttentionTensors._fields, ctx.needs_input_grad[:_NUM_TENSORS], strict=True)
-                if need
-            ]
-            check_gradients(needed, paged=args[_BLOCK_TABLE] is not None)
-        out, lse = _below_autograd(_forward_op, args)
-        ctx.save_for_backward(*args[:_NUM_TENSORS], out, lse)
-        ctx.numbers = args[_NUM_TENSORS:]
-        ctx.set_materialize_grads(False)
-        return out, lse
+    """Takes only the tensors that are given: each argument costs time."""
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        *tensors, out, lse = ctx.saved_tensors
-        *spec, backend = ctx.numbers
+    def forward(ctx: Any, call: Call, *given: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        t = _spread(given, call.fields)
+        if call.fields != _PLAIN_FIELDS and (_BLOCK_TABLE in call.fields or _ALIBI_SLOPES in call.fields):
+            # Those of a call inside vmap show only here: there no tensor says that it requires a gradient.
+            needs = zip(call.fields, ctx.needs_input_grad[1:], strict=True)
+            names = [AttentionTensors._fields[field] for field, need in needs if need]
+            check_gradients(names, paged=_BLOCK_TABLE in call.fields)
+        if call.direct:
+            out, lse = _compute_forward(call, t)
+        else:
+            out, lse = _below_autograd(_forward_op, (*t, *call.spec, call.requested))
+        ctx.save_for_backward(*given, out, lse)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return (out, lse) if call.returns_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
+        *given, out, lse = ctx.saved_tensors
+        call, needs = ctx.call, ctx.needs_input_grad  # the first one is that of `call`
+        t, fields = _spread(given, call.fields), call.fields
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        needs_mask_grad = ctx.needs_input_grad[3]
-        gradients = _backward_op(*tensors, *spec, out, lse, grad_out, grad_lse, needs_mask_grad, backend)
-        dq, dk, dv, dmask, dsinks = gradients
-        grads: list[Tensor | None] = [None] * (_NUM_ARGS + 1)
-        for i, grad in ((0, dq), (1, dk), (2, dv), (3, dmask), (5, dsinks)):
-            if ctx.needs_input_grad[i]:
-                grads[i] = grad
-        return tuple(grads)
+        needs_mask_grad = _ATTN_MASK in fields and needs[1 + fields.index(_ATTN_MASK)]
+        incoming = (out, lse, grad_out, grad_lse, needs_mask_grad)
+        direct = call.direct and not torch.is_grad_enabled()
+        grads: Gradients
+        if direct and unobserved((grad_out,) if grad_lse is None else (grad_out, grad_lse)):
+            grads = _compute_backward(call, t, *incoming)
+        else:
+            grads = _backward_op(*t, *call.spec, *incoming, call.requested)
+        dq, dk, dv, dmask, dsinks = grads
+        if fields == _PLAIN_FIELDS:
+            return None, dq if needs[1] else None, dk if needs[2] else None, dv if needs[3] else None
+        by_field = (dq, dk, dv, dmask, None, dsinks, *_NO_OPTIONS)
+        return None, *[by_field[field] if need else None for field, need in zip(fields, needs[1:], strict=True)]
 
 
 class _AttentionBackward(torch.autograd.function._SingleLevelFunction):
@@ -163,8 +231,8 @@ class _AttentionBackward(torch.autograd.function._SingleLevelFunction):
         raise NotImplementedError("pyattn::attention_backward has no derivative: second derivatives are not supported")
 
 
-def _differentiable(op: Any, function: Any) -> Any:
-    """The kernel of the Autograd key: records ``function`` where a gradient may be asked for, refuses a tangent."""
+def _differentiable(op: Any, apply: Any) -> Any:
+    """The kernel of the Autograd key: ``apply`` records where a gradient may be asked for; a tangent is refused."""
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         if forward_ad._current_level >= 0:
@@ -177,11 +245,21 @@ def _differentiable(op: Any, function: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
         if not torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
+            return apply(args)
         with enable_single_level_autograd_function():
-            return function.apply(*args)
+            return apply(args)
 
     return kernel
+
+
+def _apply_forward(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    spec, t = _unpack(args)
+    fields, given = _given(t)
+    return _Attention.apply(Call(spec, args[-1], fields, False), *given)  # type: ignore[attr-defined]
+
+
+def _apply_backward(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    return _AttentionBackward.apply(*args)  # type: ignore[attr-defined]
 
 
 # ---- autocast -----------------------------------------------------------------------------------------------
@@ -216,8 +294,8 @@ def _vmapped(op: Any, rule: Any) -> Any:
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("attention_forward", _differentiable(_forward_op, _Attention), "Autograd")
-_library.impl("attention_backward", _differentiable(_backward_op, _AttentionBackward), "Autograd")
+_library.impl("attention_forward", _differentiable(_forward_op, _apply_forward), "Autograd")
+_library.impl("attention_backward", _differentiable(_backward_op, _apply_backward), "Autograd")
 _library.impl("attention_forward", _forward_autocast("cpu"), "AutocastCPU")
 _library.impl("attention_forward", _forward_autocast("cuda"), "AutocastCUDA")
 torch.library.register_fake("pyattn::attention_forward", _forward_fake, lib=_library)
@@ -233,18 +311,50 @@ def _forward_nested(cls: Any, func: Any, types: Any, args: tuple[Any, ...], kwar
     nested.refuse(*args[:3])
 
 
+def unobserved(tensors: Iterable[Any]) -> bool:
+    """Whether attention on them may be computed at once: nobody would see the op pass torch's dispatcher.
+
+    That takes 5 microseconds. It is in eager mode, on CPU tensors: no subclass, mode, tracer, profiler or functorch
+    level, no autocast, no lazy negation.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for x in tensors:
+        if type(x) not in _TENSOR_TYPES or not x.is_cpu or x.is_neg():
+            return False
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and not profiler._is_profiler_enabled
+    )
+
+
 def attention(spec: AttentionSpec, t: AttentionTensors, backend: str) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of ``torch.ops.pyattn.attention_forward``, differentiable."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()  # inside vmap requires_grad is always False
-        or forward_ad._current_level >= 0
-        or t.query.requires_grad
-        or t.key.requires_grad
-        or t.value.requires_grad
-        or (t.attn_mask is not None and t.attn_mask.requires_grad)
-        or (t.sinks is not None and t.sinks.requires_grad)
-    ):
+    fields, given = _given(t)
+    if not unobserved(given):
         return _forward_op(*t, *spec, backend)
-    with torch._C._AutoDispatchBelowAutograd():  # nothing to record: saves the way through Python's autograd kernel
-        return _forward_op(*t, *spec, backend)
+    t = _with_dense_rows(t)
+    check_values(t, spec.max_seqlen_q, spec.max_seqlen_k)
+    return directly(Call(spec, backend, fields, True), t)  # type: ignore[return-value]
+
+
+def prepare(spec: AttentionSpec, t: AttentionTensors, backend: str, returns_lse: bool) -> Call | None:
+    """For ``directly``, again and again, with tensors of the same metadata; None if these have to be seen to first."""
+    plain = t[3:] == _NO_OPTIONS and _with_dense_rows(t) is t
+    return Call(spec, backend, _PLAIN_FIELDS, True, returns_lse) if plain else None
+
+
+def directly(call: Call, t: AttentionTensors) -> Tensor | tuple[Tensor, Tensor]:
+    """``attention`` for tensors that are checked, and ``unobserved``: out and, if the call returns it, lse."""
+    if torch.is_grad_enabled():
+        given = t[:3] if call.fields == _PLAIN_FIELDS else [t[field] for field in call.fields]
+        for x in given:
+            if x.requires_grad:  # type: ignore[union-attr]
+                return _Attention.apply(call, *given)  # type: ignore[attr-defined]
+    out, lse = _compute_forward(call, t)
+    return (out, lse) if call.returns_lse else out

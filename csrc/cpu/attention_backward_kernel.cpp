@@ -425,20 +425,20 @@ void store_rows(const float* sums, int64_t rows, int size, float factor, T* out,
 template <class T>
 void backward(const AttentionBackwardParams& p, int threads) {
   const int64_t group = p.Hkv > 0 ? p.Hq / p.Hkv : 0;
-  const std::vector<int64_t> samples = longest_first(p, [](const AttentionParams&) { return true; });
+  const std::vector<AttentionBackwardParams> samples = longest_first(p);
   std::vector<int64_t> items, first_item;  // of each key head of each sample: a block of queries of one head each
   int64_t all_items = 0;
-  for (const int64_t b : samples) {
+  for (const AttentionBackwardParams& sample : samples) {
     for (int64_t kv_head = 0; kv_head < p.Hkv; ++kv_head) {
       first_item.push_back(all_items);
-      items.push_back(group * blocks_of(sample_of(p, b)));
+      items.push_back(group * blocks_of(sample));
       all_items += items.back();
     }
   }
   std::vector<HeadSums> sums(items.size());
   std::vector<double> sink_gradients(p.sinks ? static_cast<size_t>(all_items) : 0);
   const auto begin = [&](int64_t unit, const Workspace& w) {
-    const AttentionBackwardParams sample = sample_of(p, samples[unit / p.Hkv]);
+    const AttentionBackwardParams& sample = samples[unit / p.Hkv];
     sums[unit] = {w.grad_key, w.grad_value, w.k_pairs};
     for (int64_t i = 0; i < sample.Lk * padded(p.D); i += kLanes) store(w.grad_key + i, vf{});
     for (int64_t i = 0; i < sample.Lk * padded(p.Dv); i += kLanes) store(w.grad_value + i, vf{});
@@ -448,14 +448,14 @@ void backward(const AttentionBackwardParams& p, int threads) {
     }
   };
   const auto run = [&](int64_t unit, int64_t item, const Turn& turn, const Workspace& w) {
-    const AttentionBackwardParams sample = sample_of(p, samples[unit / p.Hkv]);
+    const AttentionBackwardParams& sample = samples[unit / p.Hkv];
     const int64_t blocks = blocks_of(sample), h = unit % p.Hkv * group + item / blocks;
     const Block<T> block(sample, w, h, item % blocks * kBlockM);
     if (p.sinks) sink_gradients[first_item[unit] + item] = block.sink_gradient();
     backward_block(block, sums[unit], turn);
   };
   const auto end = [&](int64_t unit, const Workspace& w) {
-    const AttentionBackwardParams sample = sample_of(p, samples[unit / p.Hkv]);
+    const AttentionBackwardParams& sample = samples[unit / p.Hkv];
     const int64_t h = unit % p.Hkv;
     const Dropout dropout(sample, h);
     store_rows(w.grad_key, sample.Lk, static_cast<int>(p.D), p.scale,

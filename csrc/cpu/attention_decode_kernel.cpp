@@ -436,37 +436,30 @@ struct Head {
 };
 
 template <class T>
-void decode(const AttentionParams& p, const std::vector<int64_t>& samples, int threads) {
+void decode(const AttentionParams& p, const std::vector<AttentionParams>& samples, int threads) {
   std::vector<int64_t> chunks;  // of each key head of each sample
   int64_t most_queries = 0;
-  for (const int64_t b : samples) {
-    const AttentionParams sample = sample_of(p, b);
+  for (const AttentionParams& sample : samples) {
     chunks.insert(chunks.end(), static_cast<size_t>(p.Hkv), (sample.Lk + kChunk - 1) / kChunk);
     most_queries = std::max(most_queries, sample.Lq);
   }
-  const auto on_head = [&](int64_t unit, const Workspace& w, const auto& f) {
-    const AttentionParams sample = sample_of(p, samples[unit / p.Hkv]);
-    f(Head<T>(sample, w, unit % p.Hkv));
-  };
+  const auto head = [&](int64_t unit, const Workspace& w) { return Head<T>(samples[unit / p.Hkv], w, unit % p.Hkv); };
   std::vector<Partial> sums(chunks.size());
   parallel_pipeline(
       chunks, threads, [&] { return Workspace(p, most_queries); },
       [&](int64_t unit, const Workspace& w) { w.clear(sums[unit] = w.head, w.rows); },
       [&](int64_t unit, int64_t n, const Turn& turn, const Workspace& w) {
-        on_head(unit, w, [&](const Head<T>& head) {
-          if (!head.chunk(n)) return;
-          turn.wait(1);
-          w.merge(sums[unit], head.num_rows);
-        });
+        const Head<T> keys = head(unit, w);
+        if (!keys.chunk(n)) return;
+        turn.wait(1);
+        w.merge(sums[unit], keys.num_rows);
       },
-      [&](int64_t unit, const Workspace& w) {
-        on_head(unit, w, [&](const Head<T>& head) { head.finish(sums[unit]); });
-      });
+      [&](int64_t unit, const Workspace& w) { head(unit, w).finish(sums[unit]); });
 }
 
 }  // namespace
 
-void attention_decode(const AttentionParams& p, const std::vector<int64_t>& samples, int threads) {
+void attention_decode(const AttentionParams& p, const std::vector<AttentionParams>& samples, int threads) {
   with_dtype(p.dtype, [&](auto element) { decode<decltype(element)>(p, samples, threads); });
 }
 

@@ -178,33 +178,34 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
 
 // Every `slices`-th block of the query heads of a sample that share a key head.
 struct Task {
-  int64_t sample, kv_head, slice, slices;
+  const AttentionParams* sample;
+  int64_t kv_head, slice, slices;
 };
 
-// The work cut into some tasks for each thread, what is long first; but never so finely that a block has none.
-std::vector<Task> tasks_of(const AttentionParams& p, const std::vector<int64_t>& samples, int threads) {
+// The work cut into some tasks for each thread, in the order of the samples; but never so finely that a task has no
+// block.
+std::vector<Task> tasks_of(const std::vector<AttentionParams>& samples, int threads) {
   constexpr double kTasksPerThread = 8;
   double all_pairs = 0;
-  for (const int64_t b : samples) all_pairs += static_cast<double>(pairs_of(sample_of(p, b)));
+  for (const AttentionParams& sample : samples) all_pairs += static_cast<double>(pairs_of(sample));
   std::vector<Task> tasks;
-  for (const int64_t b : samples) {
-    const AttentionParams sample = sample_of(p, b);
-    const int64_t blocks = p.Hkv > 0 ? p.Hq / p.Hkv * blocks_of(sample) : 0;
-    const double share = all_pairs > 0 ? static_cast<double>(pairs_of(sample)) / all_pairs : 0;
+  for (const AttentionParams& p : samples) {
+    const int64_t blocks = p.Hkv > 0 ? p.Hq / p.Hkv * blocks_of(p) : 0;
+    const double share = all_pairs > 0 ? static_cast<double>(pairs_of(p)) / all_pairs : 0;
     const double wanted = threads > 1 ? kTasksPerThread * threads * share / static_cast<double>(p.Hkv) + 1 : 1;
     const int64_t slices = std::min(static_cast<int64_t>(wanted), blocks);
     for (int64_t kv_head = 0; kv_head < p.Hkv; ++kv_head)
-      for (int64_t slice = 0; slice < slices; ++slice) tasks.push_back({b, kv_head, slice, slices});
+      for (int64_t slice = 0; slice < slices; ++slice) tasks.push_back({&p, kv_head, slice, slices});
   }
   return tasks;
 }
 
 template <class T>
-void forward(const AttentionParams& p, const std::vector<int64_t>& samples, int threads) {
-  const std::vector<Task> tasks = tasks_of(p, samples, threads);
+void forward(const AttentionParams& p, const std::vector<AttentionParams>& samples, int threads) {
+  const std::vector<Task> tasks = tasks_of(samples, threads);
   parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t n) {
     const Task& task = tasks[n];
-    const AttentionParams sample = sample_of(p, task.sample);
+    const AttentionParams& sample = *task.sample;
     const int64_t group = p.Hq / p.Hkv, blocks = blocks_of(sample);
     Workspace w;
     w.carve(thread_scratch(w.carve(nullptr, p)), p);
@@ -225,22 +226,21 @@ void forward(const AttentionParams& p, const std::vector<int64_t>& samples, int 
 
 void attention_forward(const AttentionParams& p, int threads) {
   // Waking a thread costs more than it brings below some 100 microseconds of work, or of reading keys.
+  std::vector<AttentionParams> samples = longest_first(p);
   double pairs = 0, keys = 0;
-  for (int64_t b = 0; b < p.B; ++b) {
-    const AttentionParams sample = sample_of(p, b);
+  for (const AttentionParams& sample : samples) {
     pairs += static_cast<double>(p.Hq * pairs_of(sample));
     keys += static_cast<double>(p.Hkv * sample.Lk);
   }
   const double flops = 2.0 * static_cast<double>(p.D + p.Dv);
   if (flops * pairs < 5e6 && flops * keys < 1e6) threads = 1;
   // Of pages the number says nothing of the length: other samples of the batch may need them.
-  const auto is_decode = [](const AttentionParams& s) {
-    return s.Lq <= kDecodeQueries && (s.Lk > kDecodeKeys || s.block_table) && s.dropout_threshold == 0;
-  };
-  const auto few = longest_first(p, is_decode);
-  const auto many = longest_first(p, [&](const AttentionParams& sample) { return !is_decode(sample); });
-  if (!few.empty()) attention_decode(p, few, threads);
-  with_dtype(p.dtype, [&](auto element) { forward<decltype(element)>(p, many, threads); });
+  const auto few = std::stable_partition(samples.begin(), samples.end(), [](const AttentionParams& s) {
+    return s.Lq > kDecodeQueries || (s.Lk <= kDecodeKeys && !s.block_table) || s.dropout_threshold != 0;
+  });
+  if (few != samples.end()) attention_decode(p, {few, samples.end()}, threads);
+  samples.erase(few, samples.end());
+  with_dtype(p.dtype, [&](auto element) { forward<decltype(element)>(p, samples, threads); });
 }
 
 }  // namespace pyattn::PYATTN_ISA

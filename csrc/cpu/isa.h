@@ -25,12 +25,12 @@ struct CpuKernels {
   double (*peak_gflops)(DType dtype);
 };
 
-#define PYATTN_DECLARE(ISA)                                                                        \
-  namespace ISA {                                                                                  \
-  void attention_forward(const AttentionParams&, int threads);                                     \
-  void attention_backward(const AttentionBackwardParams&, int threads);                            \
-  void attention_decode(const AttentionParams&, const std::vector<int64_t>& samples, int threads); \
-  double peak_gflops(DType dtype);                                                                 \
+#define PYATTN_DECLARE(ISA)                                                                                \
+  namespace ISA {                                                                                          \
+  void attention_forward(const AttentionParams&, int threads);                                             \
+  void attention_backward(const AttentionBackwardParams&, int threads);                                    \
+  void attention_decode(const AttentionParams&, const std::vector<AttentionParams>& samples, int threads); \
+  double peak_gflops(DType dtype);                                                                         \
   }
 PYATTN_DECLARE(avx512_bf16)
 PYATTN_DECLARE(avx512)

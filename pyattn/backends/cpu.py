@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ MAX_HEAD_DIM = 512
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # the codes of csrc/params.h
 _UNLIMITED = -1
 _NO_SIZES = (0, 0, 0, 0)
-_NO_FAMILY = (None,) * 10  # attn_mask to dropout_seed of AttentionTensors
+_NO_OPTIONS = (None,) * 10  # attn_mask to dropout_seed of AttentionTensors
 _NO_ADDRESSES = (0,) * 9
 
 
@@ -166,13 +166,9 @@ def _plan(
     )
 
 
-class _Call(NamedTuple):
-    """What both kernels take."""
-
-    plan: _native.AttentionPlan
-    addresses: tuple[int, ...]  # in the order of `Addresses` in csrc/bindings.cpp
-    seed: int
-    alive: tuple[Tensor | None, ...]  # copies that some addresses belong to
+# What both kernels take: the plan, addresses in the order of `Addresses` in csrc/bindings.cpp, the dropout seed, and
+# copies that must outlive the call, since some addresses belong to them.
+_Call = tuple[Any, tuple[int, ...], int, tuple[Tensor | None, ...]]
 
 
 def _address(x: Tensor | None) -> int:
@@ -180,11 +176,13 @@ def _address(x: Tensor | None) -> int:
 
 
 def _call(spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse: Tensor) -> _Call:
-    query, key, value = t.query, t.key, t.value
-    metadata = (spec, query.dtype, query.shape, _strides(query), key.shape, _strides(key), value.shape, _strides(value))
+    query, key, value = t[:3]
     addresses = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr())
-    if t[3:] == _NO_FAMILY:
-        return _Call(_plan(*metadata), addresses + _NO_ADDRESSES, 0, ())
+    if t[3:] == _NO_OPTIONS:
+        plan = _plan(
+            spec, query.dtype, query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()
+        )
+        return plan, addresses + _NO_ADDRESSES, 0, ()
 
     def copied(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None if x is None else x.detach().to(dtype).contiguous()
@@ -202,21 +200,28 @@ def _call(spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse: Tensor) ->
         *(copied(x, torch.int32) for x in (table, t.cu_seqlens_q, t.cu_seqlens_k)),
     )
     plan = _plan(
-        *metadata,
+        spec,
+        query.dtype,
+        query.shape,
+        _strides(query),
+        key.shape,
+        _strides(key),
+        value.shape,
+        _strides(value),
         *mask_meta,
         slopes is not None and slopes.dim() == 2,
         None if table is None else table.shape,
         None if t.cu_seqlens_q is None else t.cu_seqlens_q.shape[0] - 1,
     )
     seed = 0 if t.dropout_seed is None else int(t.dropout_seed)
-    return _Call(plan, (*addresses, _address(mask), *(_address(x) for x in small)), seed, small)
+    return plan, (*addresses, _address(mask), *(_address(x) for x in small)), seed, small
 
 
 def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
     out = empty_output(t.query, t.value.shape[-1])
     lse = torch.empty(lse_shape(t.query), dtype=torch.float32)
-    call = _call(spec, t, out, lse)
-    call.plan.forward(_isa_index, torch.get_num_threads(), call.addresses, _strides(out), call.seed)
+    plan, addresses, seed, _alive = _call(spec, t, out, lse)
+    plan.forward(_isa_index, torch.get_num_threads(), addresses, _strides(out), seed)
     return out, lse
 
 
@@ -229,7 +234,10 @@ def backward(
     grad_lse: Tensor | None,
     needs_mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    out, grad_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (out, grad_out))
+    if out.stride(-1) != 1:
+        out = out.contiguous()
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grads = torch.empty_like(t.query), torch.empty_like(t.key), torch.empty_like(t.value)
@@ -240,15 +248,24 @@ def backward(
         grad_mask = torch.empty(t.attn_mask.shape, dtype=t.attn_mask.dtype)
         mask_sizes = (1,) * (4 - grad_mask.dim()) + grad_mask.shape
     grad_sinks = None if t.sinks is None else torch.empty(t.sinks.shape, dtype=torch.float32)
-    call = _call(spec, t, out, lse)
-    call.plan.backward(
+    plan, addresses, seed, _alive = _call(spec, t, out, lse)
+    strides = Tensor.stride if t.cu_seqlens_q is None else _strides
+    plan.backward(
         _isa_index,
         torch.get_num_threads(),
-        call.addresses,
-        _strides(out),
-        call.seed,
-        tuple([_address(x) for x in (grad_out, grad_lse, *grads, grad_mask, grad_sinks)]),
-        tuple([_strides(x) for x in (grad_out, *grads)]),
+        addresses,
+        strides(out),
+        seed,
+        (
+            grad_out.data_ptr(),
+            _address(grad_lse),
+            grads[0].data_ptr(),
+            grads[1].data_ptr(),
+            grads[2].data_ptr(),
+            _address(grad_mask),
+            _address(grad_sinks),
+        ),
+        (strides(grad_out), strides(grads[0]), strides(grads[1]), strides(grads[2])),
         mask_sizes,
     )
     return *grads, grad_mask, None if grad_sinks is None else grad_sinks.to(t.sinks.dtype)  # type: ignore[union-attr]
