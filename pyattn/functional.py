@@ -527,7 +527,6 @@ def naive_attention(
     if backend is not None:
         raise ValueError(f"backend must be None for naive_attention, got {backend!r}")
     checks.check_bool("return_lse", return_lse)
-    nested.refuse(query, key, value)
     spec, tensors = _dense(query, key, value, **arguments)
     checks.check_values(tensors, None, None)
     out, lse = reference.naive_attention(spec, tensors, return_lse)
@@ -556,7 +555,6 @@ def explain(
     """
     name = dispatch.check_backend(backend)
     checks.check_bool("return_lse", return_lse)
-    nested.refuse(query, key, value)
     prepare = _packed if "cu_seqlens_q" in arguments else _dense
     spec, tensors = prepare(query, key, value, **arguments)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -29,13 +29,6 @@ def check(query: Any, key: Any, value: Any, **dense_only: Any) -> None:
         raise ValueError("value must have sequences of the lengths of key's: their offsets differ")
 
 
-def refuse(*tensors: Any) -> None:
-    """Refuses nested tensors where only dense ones make sense."""
-    for name, x in zip(("query", "key", "value"), tensors, strict=True):
-        if isinstance(x, Tensor) and x.is_nested:
-            raise ValueError(f"{name} must be a dense tensor here, got a nested one; attention takes all three nested")
-
-
 def to_packed(query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The first five arguments of ``attention_varlen``."""
     q, k, v = (x.transpose(1, 2).values() for x in (query, key, value))

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
-from torch.nested._internal.nested_tensor import NestedTensor
 
-from pyattn import batching, dispatch, flops, log, nested
+from pyattn import batching, dispatch, flops, log
 from pyattn.checks import check_gradients, check_values
 from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem, empty_output, lse_dtype, lse_shape
 
@@ -303,12 +302,6 @@ torch.library.register_fake("pyattn::attention_backward", _backward_fake, lib=_l
 torch.library.register_vmap("pyattn::attention_forward", _vmapped(_forward_op, batching.forward), lib=_library)
 torch.library.register_vmap("pyattn::attention_backward", _vmapped(_backward_op, batching.backward), lib=_library)
 flops.register()
-
-
-@torch.library.register_torch_dispatch("pyattn::attention_forward", NestedTensor, lib=_library)
-def _forward_nested(cls: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-    """Reached when only some are nested: ``functional`` unpacks the others. A check there would cost every call."""
-    nested.refuse(*args[:3])
 
 
 def unobserved(tensors: Iterable[Any]) -> bool:

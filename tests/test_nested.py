@@ -133,7 +133,7 @@ STRIDED = torch.nested.nested_tensor([torch.randn(n, H, D) for n in LENGTHS_Q])
     (pyattn.attention, {"block_table": torch.zeros(3, 1, dtype=torch.int32)}, "block_table must be None"),
     (pyattn.attention, {"key": DENSE}, "key must be a nested tensor of layout torch.jagged"),
     (pyattn.attention, {"value": DENSE}, "value must be a nested tensor of layout torch.jagged"),
-    (pyattn.attention, {"query": DENSE}, "key must be a dense tensor here"),
+    (pyattn.attention, {"query": DENSE}, "key must be a dense tensor"),
     (pyattn.attention, {"query": STRIDED}, "query must be a nested tensor of layout torch.jagged"),
     (pyattn.attention, {"query": NESTED.transpose(1, 2)}, r"query must have shape \[B, H, j, D\]"),
     (pyattn.attention, {"key": jagged((1, 2)).transpose(1, 2)}, r"key must have the batch size of query \(3\), got 2"),
@@ -143,11 +143,11 @@ STRIDED = torch.nested.nested_tensor([torch.randn(n, H, D) for n in LENGTHS_Q])
     (pyattn.scaled_dot_product_attention, {"attn_mask": torch.ones(1, 1)}, "attn_mask must be None"),
     (pyattn.scaled_dot_product_attention, {"query": STRIDED}, "query must be a nested tensor of layout torch.jagged"),
     (pyattn.scaled_dot_product_attention, {"query": WIDE}, "key must have the 8 heads of query"),
-    (pyattn.explain, {}, "query must be a dense tensor here"),
-    (pyattn.naive_attention, {}, "query must be a dense tensor here"),
+    (pyattn.explain, {}, "query must be a dense tensor"),
+    (pyattn.naive_attention, {}, "query must be a dense tensor"),
 ])  # fmt: skip
 def test_refused(function, arguments, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         function(**{"query": NESTED, "key": NESTED, "value": NESTED} | arguments)
 
 

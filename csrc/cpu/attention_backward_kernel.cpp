@@ -379,7 +379,7 @@ void backward_block(const Block<T>& block, const HeadSums& sums, const Turn& tur
   const AttentionBackwardParams& p = block.p;
   const Workspace& w = block.w;
   const int D = static_cast<int>(p.D);
-  for (int64_t i = 0; i < padded(D) * kBlockM; i += kLanes) store(w.grad_query + i, vf{});
+  clear_columns(w.grad_query, block.ranges.live_lanes, D);
   KeyOperand keys;
   for_segments(block.ranges, p.Lk, kSegment, [&](int64_t first, int count, bool edge) {
     int lane = 0, end = block.ranges.live_lanes;

@@ -141,10 +141,7 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
   const Dropout dropout(p, h);
 
   pack_queries(query, p.query_stride.l, ranges.rows, D, w.q);
-  for (int lane = 0; lane < ranges.live_lanes; lane += kLanes) {
-    float* column = w.o + lane / kTileLanes * round_up(p.Dv, kLanes) * kTileLanes + lane % kTileLanes;
-    for (int64_t e = 0; e < round_up(p.Dv, kLanes); ++e) store(column + e * kTileLanes, vf{});
-  }
+  clear_columns(w.o, ranges.live_lanes, Dv);
   for (int i = 0; i < ranges.live_lanes; ++i) {
     w.row_max[i] = -kInf;
     w.row_sum[i] = 0;

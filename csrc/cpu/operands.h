@@ -97,6 +97,14 @@ PYATTN_INLINE void store_row(const float* in, int size, float factor, T* out) {
   for (; e < size; ++e) from_float(in[e] * factor, out[e]);
 }
 
+// Zeros in the first `lanes` lanes, whole panels, of columns [tile][size rounded up to kLanes][kTileLanes].
+[[maybe_unused]] void clear_columns(float* columns, int lanes, int64_t size) {
+  for (int lane = 0; lane < lanes; lane += kLanes) {
+    float* column = columns + lane / kTileLanes * round_up(size, kLanes) * kTileLanes + lane % kTileLanes;
+    for (int64_t e = 0; e < round_up(size, kLanes); ++e) store(column + e * kTileLanes, vf{});
+  }
+}
+
 // Two rows become one row of pairs; b may be null and counts as zeros.
 PYATTN_INLINE void interleave_pair(const bf16* a, const bf16* b, int64_t size, float* out) {
   uint32_t* words = reinterpret_cast<uint32_t*>(out);
