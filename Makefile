@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cu
 DOCTESTS = $(shell grep -rl --include='*.py' '^ *>>> ' pyattn)
 SANITIZED := build/sanitize
 
-.PHONY: demo test test-all bench report sanitize lint clean
+.PHONY: demo test test-all bench report sanitize tsan lint clean
 
 demo: $(VENV)/built
 	$(PY) -m pyattn compare --out build/demo $(ARGS)
@@ -32,7 +32,7 @@ report: $(VENV)/built
 lint: $(VENV)/built
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(filter %.cpp %.h %.cuh,$(CSRC))
+	$(VENV)/bin/clang-format --dry-run -Werror $(filter %.cpp %.h %.cuh,$(CSRC)) tests/threads.cpp
 	$(PY) -m mypy
 
 # The suite with AddressSanitizer and UndefinedBehaviorSanitizer in the extension. A second copy of the package is
@@ -46,6 +46,16 @@ sanitize: $(VENV)/built
 	cd $(SANITIZED) && \
 	$(abspath $(PY)) -c "import pyattn._native as n; assert n.__file__.startswith('$(abspath $(SANITIZED))'), n" && \
 	$(abspath $(PY)) -m pytest --capture=sys $(CURDIR)/tests $(ARGS)
+
+# The kernels on std::thread, since ThreadSanitizer does not understand OpenMP's barriers; without Python. `setarch -R`:
+# it does not start where addresses are laid out too randomly.
+TSAN := $(SANITIZED)/threads
+tsan:
+	mkdir -p $(SANITIZED)
+	$${CXX:-g++} -std=c++17 -O1 -g -fsanitize=thread -pthread -DPYATTN_STD_THREADS -DNDEBUG -Icsrc \
+	    -DPYATTN_ISA=portable -DPYATTN_ISA_PORTABLE=1 \
+	    tests/threads.cpp csrc/scratch.cpp csrc/cpu/*.cpp -o $(TSAN)
+	TSAN_OPTIONS=halt_on_error=1 setarch -R $(TSAN)
 
 # Leaves the virtual environment, in which torch takes longest to install.
 clean:

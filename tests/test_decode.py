@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyattn.testing import DTYPES, Case, assert_close, check_case, expected, make_inputs, to_pages
+from pyattn.testing import (
+    DTYPES,
+    OUTPUTS,
+    Case,
+    assert_close,
+    check_case,
+    expected,
+    make_inputs,
+    random_grads,
+    to_pages,
+)
 
 DECODE = Case("decode", B=3, Hq=6, Hkv=2, Lq=1, Lk=5000, D=32, kv_lengths=(5000, 37, 4099))
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -187,3 +197,47 @@ def test_a_table_without_columns(engine):
         results = engine.results(kwargs | pages | {"block_table": torch.empty(3, 0, dtype=torch.int32)})
         assert not results["out"].any()
         assert (results["lse"] == -torch.inf).all()
+
+
+@by_dtype
+@pytest.mark.parametrize("family", [{}, {"alibi": True, "softcap": 5.0, "sinks": True}], ids=["plain", "family"])
+def test_packed_queries_over_pages_are_the_sequences_one_by_one(family, dtype, engine):
+    """As a server batches them: some sequences decode, some prefill; bit for bit what each gives alone."""
+    rows = [1, 70, 0, 4, 130, 1]
+    case = decode(130, B=len(rows), Lk=700, kv_lengths=(700, 70, 33, 409, 300, 0), causal=True, **family)
+    kwargs = to_pages(make_inputs(case, dtype), 16)
+    queries = [kwargs["query"][b, :, :n].transpose(0, 1) for b, n in enumerate(rows)]
+    packed = {n: x for n, x in kwargs.items() if n not in ("query", "attn_mask")}
+    packed["cu_seqlens_q"] = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
+    packed["cu_seqlens_k"] = None
+    results = engine.results(packed | {"query": torch.cat(queries)})
+    first = 0
+    for b, n in enumerate(rows):
+        sample = {name: kwargs[name][b : b + 1] for name in ("block_table", "kv_lengths")}
+        alone = engine.results(kwargs | sample | {"query": kwargs["query"][b : b + 1, :, :n]})
+        assert torch.equal(results["out"][first : first + n].transpose(0, 1), alone["out"][0])
+        assert torch.equal(results["lse"][:, first : first + n], alone["lse"][0])
+        first += n
+
+
+@by_dtype
+def test_packed_sequences_are_the_sequences_one_by_one(dtype, engine):
+    """Forward and gradients, bit for bit, of short and long sequences, whatever the number of threads."""
+    lengths = ((1, 300), (130, 131), (0, 5), (7, 90), (200, 0), (64, 64))
+    case = Case("packed", Hq=6, Hkv=2, D=24, packed=lengths, causal=True, alibi=True, softcap=5.0)
+    kwargs = make_inputs(case, dtype, requires_grad=True)
+    results = engine.results(kwargs, OUTPUTS)
+    grads = random_grads(results)
+    for threads in (1, 4):
+        assert_same_bits(engine.results(kwargs, OUTPUTS, grads, threads), results)
+    cu_q, cu_k = (kwargs[f"cu_seqlens_{side}"].tolist() for side in "qk")
+    for b in range(len(lengths)):
+        q, k = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        dense = {n: x for n, x in kwargs.items() if not n.startswith("cu_seqlens")}
+        for name, part in (("query", q), ("key", k), ("value", k)):
+            dense[name] = kwargs[name].detach()[part].transpose(0, 1)[None].requires_grad_()
+        incoming = {"out": grads["out"][q].transpose(0, 1)[None], "lse": grads["lse"][None, :, q]}
+        alone = engine.results(dense, OUTPUTS, incoming)
+        assert torch.equal(results["lse"][:, q], alone["lse"][0])
+        for name, part in (("out", q), ("grad of query", q), ("grad of key", k), ("grad of value", k)):
+            assert torch.equal(results[name][part].transpose(0, 1), alone[name][0]), f"{name} of sequence {b}"
