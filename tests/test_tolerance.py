@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -247,3 +248,66 @@ def test_shape_and_dtype_must_be_those_of_the_reference():
         assert_close(torch.zeros(3, 2), [torch.zeros(2, 3)], truth)
     with pytest.raises(AssertionError, match="dtype"):
         assert_close(torch.zeros(2, 3).half(), [torch.zeros(2, 3)], truth)
+
+
+# ---- planted bugs: the rest of the family ------------------------------------------------------------------
+
+FAMILY = {"alibi": True, "softcap": 3.0, "sinks": True, "dropout_p": 0.2, "Hq": 8, "Hkv": 2, "D": 32}
+FAMILY_CASES = {
+    "dense": Case("family", Lq=60, Lk=90, kv_lengths=(90, 70), kv_starts=(0, 21), q_offset=(30, 11), causal=True,
+                  **FAMILY),
+    "packed": Case("packed family", packed=((30, 60), (9, 50), (40, 41)), window=(30, 0), **FAMILY),
+}  # fmt: skip
+
+
+def of_inputs(**changes):
+    """A kernel that takes something else for an argument."""
+    return (
+        None,
+        lambda kwargs: kwargs | {n: change(kwargs[n]) for n, change in changes.items() if kwargs.get(n) is not None},
+    )
+
+
+def of(function, mutate):
+    """A kernel in which ``mutate(result, *arguments)`` is what a function of the reference returns."""
+    original = getattr(reference, function)
+    return (function, lambda *args: mutate(original(*args), *args)), lambda kwargs: kwargs
+
+
+FACTOR, BACKWARD = reference.dropout_factor, reference.backward
+FAMILY_BUGS = {
+    "slopes 1% off": of("alibi_bias", lambda bias, *_: bias * 1.01),
+    "slopes of the wrong sign": of("alibi_bias", lambda bias, *_: -bias),
+    "slopes of another head": of("alibi_bias", lambda bias, *_: bias.roll(1, 1)),
+    "distances one off": of("alibi_bias", lambda bias, *_: bias.roll(1, -1)),
+    "softcap 1% off": of_inputs(softcap=lambda cap: cap * 1.01),
+    "softcap without its derivative": of("_scores", lambda scores, *_: (scores[0], None)),
+    "sinks of another head": of_inputs(sinks=lambda sinks: sinks.roll(1)),
+    "sinks forgotten": of_inputs(sinks=lambda sinks: sinks * 0 - torch.inf),
+    "gradient of sinks of the wrong sign": of("backward", lambda grads, *_: (*grads[:4], -grads[4])),
+    "gradient of sinks 5% off": of("backward", lambda grads, *_: (*grads[:4], grads[4] * 1.05)),
+    "dropout of the next sample": of("dropout_factor", lambda _, spec, t, dtype, b: FACTOR(spec, t, dtype, b + 1)),
+    "dropout of the next key": of("dropout_factor", lambda factor, *_: factor.roll(1, -1)),
+    "dropout of the next row": of("dropout_factor", lambda factor, *_: factor.roll(1, -2)),
+    "dropout of the next head": of("dropout_factor", lambda factor, *_: factor.roll(1, 1)),
+    "what is kept is not scaled": of("dropout_factor", lambda factor, *_: factor.sign()),
+    "no dropout in the backward": of("backward", lambda _, spec, *a: BACKWARD(spec._replace(dropout_p=0.0), *a)),
+    "one key more": of("key_range", lambda ends, *_: (ends[0], ends[1] + 1)),
+    "one key less": of("key_range", lambda ends, *_: (ends[0] + 1, ends[1])),
+    "lengths of the other sample": of_inputs(kv_lengths=lambda x: x.flip(0), cu_seqlens_k=lambda x: x[-1] - x.flip(0)),
+    "offsets of the other sample": of_inputs(q_offset=lambda x: x.flip(0), cu_seqlens_q=lambda x: x[-1] - x.flip(0)),
+}  # fmt: skip
+
+
+@by_dtype
+@pytest.mark.parametrize("kind", FAMILY_CASES)
+@pytest.mark.parametrize("bug", [None, *FAMILY_BUGS])
+def test_a_planted_bug_in_the_family_is_caught(bug, kind, dtype):
+    case = FAMILY_CASES[kind]
+    expected(case, dtype, OUTPUTS)  # before anything is planted
+    patch, change = FAMILY_BUGS[bug] if bug else (None, lambda kwargs: kwargs)
+    kwargs = change(make_inputs(case, dtype, requires_grad=True))
+    with mock.patch.object(reference, *patch) if patch else contextlib.nullcontext():
+        actual = forward_and_gradients(kwargs, lambda k: run(k, backend="reference", return_lse=True))
+    with pytest.raises(AssertionError, match=r"error|infinit") if bug else contextlib.nullcontext():
+        check_case(actual, case, dtype, OUTPUTS)
