@@ -292,7 +292,7 @@ PYATTN_INLINE void finish_scores(float* s, int64_t stride, int first, int rows, 
         const vf product = x[j];
         x[j] = terms.softcap(product);
         if (!softcap_slope) continue;
-        const vf ratio = x[j] * broadcast(1 / terms.softcap.limit);  // precise enough for operands of 8 bits
+        const vf ratio = x[j] * broadcast(1 / terms.softcap.limit);  // precise enough beside operands of 8 bits
         store(softcap_slope + (r - first) * stride + j * kLanes,
               kIsDot ? 1 - ratio * ratio : Softcap::derivative(product));
       }
