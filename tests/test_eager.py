@@ -142,6 +142,8 @@ def test_unobserved():
     assert ops.unobserved((x, torch.nn.Parameter(x)))
     assert not ops.unobserved((x, "no tensor"))
     assert not ops.unobserved((x.to("meta"),))
+    assert not ops.unobserved((x.to_sparse(),))
+    assert not ops.unobserved((torch.nested.nested_tensor([x, x]),))  # no subclass, and it has no shape
     with Watcher():
         assert not ops.unobserved((x,))
     with torch.autocast("cpu", torch.bfloat16):
