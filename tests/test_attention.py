@@ -21,6 +21,20 @@ def test_forward(case, dtype, engine):
     check_case(engine.results(make_inputs(case, dtype)), case, dtype)
 
 
+def test_the_plan_says_how():
+    """Of few queries the keys are split, but not with dropout; a packed batch is planned sequence by sequence."""
+    for name, how in (
+        ("decode", "keys split into chunks"),
+        ("decode, dropout", "tiles of 64 queries"),
+        ("causal", "tiles of 64 queries"),
+        ("packed", "each sequence by its own length"),
+    ):
+        (case,) = (case for case in CASES if case.name == name)
+        row = pyattn.explain(**make_inputs(case, torch.float32)).rows[0]
+        assert row.backend == "cpu"
+        assert how in row.plan
+
+
 def test_cpu_backend_is_built():
     assert pyattn.backends.cpu.unavailable() == []
 

@@ -102,9 +102,11 @@ def why_not(problem: Problem) -> list[str]:
 
 def describe(problem: Problem) -> str:
     paged = problem.has("block_table")
-    few_queries = problem.query_length <= _native.DECODE_QUERIES
+    few_queries = problem.query_length <= _native.DECODE_QUERIES and not problem.spec.dropout_p
     if problem.op == "backward":
         how = f"blocks of {_native.BLOCK_M} queries"
+    elif problem.packed:
+        how = "each sequence by its own length, the longest first"
     elif few_queries and (paged or problem.key_length > _native.DECODE_KEYS):
         how = "keys split into chunks"
     else:
