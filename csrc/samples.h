@@ -1,7 +1,6 @@
 // The samples of a call, or the sequences of a packed batch, one by one: what a kernel computes.
 #pragma once
 #include <algorithm>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 
