@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem
 
-_MODULES = {"cpu": "pyattn.backends.cpu", "reference": "pyattn.reference"}
-ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+_MODULES = {"cpu": "pyattn.backends.cpu", "triton": "pyattn.backends.triton", "reference": "pyattn.reference"}
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 SLOW_PATH_PAIRS = 2**20  # query-key pairs above which reaching the reference is worth a warning
 
 
@@ -62,9 +62,6 @@ def check_backend(name: str | None) -> str:
 @functools.lru_cache(maxsize=4096)
 def why_not(problem: Problem, name: str) -> tuple[str, ...]:
     """Every reason why the backend ``name`` cannot compute ``problem``; empty if it can."""
-    device = problem.query.device.type
-    if name not in order(device):
-        return (f"does not run on {device} tensors",)
     backend = load(name)
     return tuple(backend.unavailable() or backend.why_not(problem))
 
@@ -99,6 +96,9 @@ def _warn_slow_path(problem: Problem) -> None:
         _warn_once(problem.op, f"attention {problem.op} runs on the slow reference ({reasons or 'no other backend'})")
 
 
-def table(problem: Problem) -> Sequence[tuple[str, tuple[str, ...]]]:
-    """``(name, reasons)`` of every backend for the problem's device, in order."""
-    return [(name, why_not(problem, name)) for name in order(problem.query.device.type)]
+def table(problem: Problem, requested: str = "auto") -> Sequence[tuple[str, tuple[str, ...]]]:
+    """``(name, reasons)`` of every backend for the problem's device, in order; one requested besides comes first."""
+    names = order(problem.query.device.type)
+    if requested not in ("auto", *names):
+        names = (requested, *names)
+    return [(name, why_not(problem, name)) for name in names]

@@ -26,7 +26,7 @@ class Explanation:
         self.rows: list[Row] = []
         self.chosen: dict[Op, str | None] = {}
         for problem in problems:
-            table = dispatch.table(problem)
+            table = dispatch.table(problem, requested)
             able = [name for name, reasons in table if not reasons and requested in ("auto", name)]
             self.chosen[problem.op] = able[0] if able else None
             for name, reasons in table:

@@ -62,18 +62,21 @@ class Case:
         """Whether all its floating tensors may ask for a gradient: paged keys have none."""
         return self.page_size is None
 
-    def small(self) -> Case:
-        """The same features at lengths and head dims an order of magnitude smaller, to go through one by one."""
+    def small(self, longest: int = 6, head_dim_step: int = 32) -> Case:
+        """The same features with at most about ``longest`` rows and keys, and head dims a ``head_dim_step``-th.
+
+        By default small enough to go through one by one.
+        """
 
         def shrink(x: Any, step: int) -> Any:
             if isinstance(x, tuple):
                 return tuple(shrink(y, step) for y in x)
             return None if x is None else -(-x // step)
 
-        step = max(self.Lq, self.Lk) // 6 + 1 if self.packed is None else 16
+        step = max(self.Lq, self.Lk) // longest + 1 if self.packed is None else 16
         lengths = ("Lq", "Lk", "window", "q_offset", "kv_lengths", "kv_starts", "packed")
         changes = {name: shrink(getattr(self, name), step) for name in lengths}
-        changes |= {"D": shrink(self.D, 32), "Dv": shrink(self.Dv, 32)}
+        changes |= {"D": shrink(self.D, head_dim_step), "Dv": shrink(self.Dv, head_dim_step)}
         if self.page_size is not None:
             changes |= {"page_size": 2, "Lk": changes["Lk"] * 2}
         return dataclasses.replace(self, **changes)
@@ -253,7 +256,13 @@ def run(kwargs: dict[str, Any], *, dropout_seed: int = 0, **overrides: Any) -> A
     """``attention`` or ``attention_varlen`` on what ``make_inputs`` made, with a fixed dropout seed."""
     packed = "cu_seqlens_q" in kwargs
     function = functional.attention_varlen if packed else functional.attention
-    with torch.random.fork_rng(devices=[]):
+    draw = torch.randint
+
+    def draw_on_the_cpu(*args: Any, device: torch.device, **kwargs: Any) -> Tensor:
+        """A generator of another device has other numbers."""
+        return draw(*args, **kwargs).to(device)
+
+    with torch.random.fork_rng(devices=[]), mock.patch.object(torch, "randint", draw_on_the_cpu):
         torch.manual_seed(dropout_seed)
         return function(**{**kwargs, **overrides})
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import interpreter`: importlib mode does not add it
+if not torch.cuda.is_available():
+    with contextlib.suppress(ImportError):  # without triton there is nothing to interpret
+        import interpreter  # noqa: F401  before anything imports triton
 
 from pyattn.backends import cpu
 from pyattn.testing import Case, forward_and_gradients, run

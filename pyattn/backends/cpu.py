@@ -87,6 +87,8 @@ def unavailable() -> list[str]:
 
 def why_not(problem: Problem) -> list[str]:
     reasons = []
+    if (device := problem.query.device.type) != "cpu":
+        reasons.append(f"runs on CPU tensors, these are on {device}")
     dtype = problem.query.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"computes in float32, the input is {str(dtype).removeprefix('torch.')}")

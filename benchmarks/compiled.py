@@ -1,0 +1,189 @@
+"""Compiles the Triton kernels for GPUs that are not there, and keeps what the compiler says of them.
+
+    python benchmarks/compiled.py             # everything, to results/compiled/triton.json
+    python benchmarks/compiled.py --quick --out FILE
+
+An entry is a kernel as the backend would launch it: registers, spills, shared memory, and the instructions that
+multiply matrices. ``tests/test_compiled.py`` holds new code to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from pyattn.backends import triton as backend
+from pyattn.kernels.launch import Launch
+from pyattn.spec import AttentionSpec, AttentionTensors, lse_shape
+
+RESULTS = Path(__file__).parent / "results" / "compiled" / "triton.json"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+KERNELS = ("forward", "preprocess", "dkdv", "dq", "dmask", "decode", "combine")
+DTYPES = ("bfloat16", "float16", "float32")
+HEAD_DIMS = (64, 128, 256)
+MASKS = ("full", "causal", "masked")
+INSTRUCTIONS = {"cuda": ("HMMA", "HGMMA", "UTCHMMA", "LDL", "STL"), "hip": ("v_mfma",)}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Entry(NamedTuple):
+    kernel: str
+    arch: str
+    dtype: str = "bfloat16"
+    head_dim: int = 128
+    mask: str = "full"
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+
+def grid() -> list[Entry]:
+    entries = itertools.product(KERNELS, TARGETS, DTYPES, HEAD_DIMS, MASKS)
+    return [entry for entry in itertools.starmap(Entry, entries) if is_distinct(entry)]
+
+
+def quick() -> list[Entry]:
+    """One of each kernel and architecture."""
+    return [Entry(kernel, arch, mask="masked" if kernel == "dmask" else "causal" if has_mask(kernel) else "full")
+            for kernel, arch in itertools.product(KERNELS, TARGETS)]  # fmt: skip
+
+
+def has_mask(kernel: str) -> bool:
+    return kernel not in ("preprocess", "combine")
+
+
+def is_distinct(entry: Entry) -> bool:
+    """Not every kernel knows of the mask, and only a masked call has the kernel of the mask's gradient.
+
+    float32 has no matrix instructions: one entry says whether it fits.
+    """
+    if entry.dtype == "float32" and entry.mask == "causal":
+        return False
+    return entry.mask == "masked" if entry.kernel == "dmask" else has_mask(entry.kernel) or entry.mask == "full"
+
+
+class NoGpu:
+    """What Triton asks of a driver when it compiles."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.arch]
+
+    def get_current_device(self) -> str:
+        return self.arch
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def launches(entry: Entry, length: int = 4096, **changes: Any) -> dict[str, Launch]:
+    """By the kernel's name, what the backend launches for a call of this kind, on tensors without data."""
+    decode = entry.kernel in ("decode", "combine")
+    B, Hq, Hkv, Lq = 2, 8, 4, 1 if decode else length
+    dtype = getattr(torch, entry.dtype)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k = tensor(B, Hq, Lq, entry.head_dim), tensor(B, Hkv, length, entry.head_dim)
+    t = AttentionTensors(q, k, torch.empty_like(k))
+    if entry.mask == "masked":
+        t = t._replace(attn_mask=tensor(B, Hq, Lq, length))
+    t = t._replace(**changes)
+    spec = AttentionSpec(entry.head_dim**-0.5, window_right=0 if entry.mask == "causal" else None)
+    out, lse = torch.empty_like(q), torch.empty(lse_shape(q), dtype=torch.float32, device="meta")
+    forward = backend.forward_launches(spec, t, out, lse, entry.arch)
+    if decode:
+        return dict(zip(("decode", "combine"), forward, strict=True))
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
+    args = (spec, t, out, lse, torch.empty_like(lse), out, None, grads, t.attn_mask, entry.arch)
+    backward = backend.backward_launches(*args)
+    return dict(zip(("forward", "preprocess", "dkdv", "dq", "dmask"), forward + backward, strict=False))
+
+
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """The compiled kernel, by the very way that a call takes."""
+    triton.runtime.driver.set_active(NoGpu(arch))
+    return launch.kernel.warmup(grid=(1,), **launch.keywords())
+
+
+def specializations(launch: Launch, arch: str) -> list[str]:
+    """What Triton compiled the kernel for, so far, in this process."""
+    compile_launch(launch, arch)
+    return list(launch.kernel.device_caches[arch][0])
+
+
+def figures(kernel: Any, arch: str) -> dict[str, int]:
+    """Registers a thread, spilled words, shared bytes a program, and counts of instructions."""
+    shared = {"shared": kernel.metadata.shared, "tensor_memory": getattr(kernel.metadata, "tmem_size", None) or 0}
+    if TARGETS[arch].backend == "hip":
+        text = kernel.asm["amdgcn"]
+        registers, spills = (
+            int(re.search(rf"\.{word}:\s*(\d+)", text)[1])  # type: ignore[index]
+            for word in ("vgpr_count", "vgpr_spill_count")  # scalar registers are spilled to these, not to memory
+        )
+        return {"registers": registers, "spills": spills, **shared, "v_mfma": text.count("v_mfma_")}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _tool("nvdisasm", "-c", file.name)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    counts = {word: len(re.findall(rf"\b{word}\b", assembly)) for word in INSTRUCTIONS["cuda"]}
+    loads = {"wide_loads": len(re.findall(r"\b(?:LDG\.E|LDGSTS\.E(?:\.BYPASS)?(?:\.LTC128B)?)\.128", assembly))}
+    loads["narrow_loads"] = len(re.findall(r"\bLDG(?:STS)?\.E", assembly)) - loads["wide_loads"]
+    spills = counts.pop("LDL") + counts.pop("STL")
+    return {"registers": registers, "spills": spills, **shared, **counts, **loads}
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def measure(entry: Entry) -> dict[str, Any]:
+    launch = launches(entry)[entry.kernel]
+    tiles = {name: value for name, value in launch.tiles._asdict().items() if value}
+    return entry._asdict() | figures(compile_launch(launch, entry.arch), entry.arch) | tiles
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one entry of each kernel and architecture")
+    parser.add_argument("--only", default="", help="entries whose name matches this regular expression")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    entries = [entry for entry in (quick() if arguments.quick else grid()) if re.search(arguments.only, str(entry))]
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        cells = list(pool.map(measure, entries))
+    environment = {"triton": triton.__version__}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(cell) for cell in cells)
+    arguments.out.write_text(f'{{"environment": {json.dumps(environment)},\n"cells": [\n{lines}\n]}}\n')
+    print(f"{len(cells)} entries: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
