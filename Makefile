@@ -5,13 +5,17 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+# Of `make gpu`: a Python that has torch with CUDA, triton, pybind11, ninja and pytest; nothing is installed.
+GPU_PYTHON ?= python3
+STAGE ?= check
+BACKEND ?= triton
 
 PY := $(VENV)/bin/python
 CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 DOCTESTS = $(shell grep -rl --include='*.py' '^ *>>> ' pyattn)
 SANITIZED := build/sanitize
 
-.PHONY: demo test test-all bench report sanitize tsan lint clean
+.PHONY: demo test test-all bench gpu report sanitize tsan lint clean
 
 demo: $(VENV)/built
 	$(PY) -m pyattn compare --out build/demo $(ARGS)
@@ -25,6 +29,10 @@ test-all: $(VENV)/built
 
 bench: $(VENV)/installed-bench
 	$(PY) -m pytest --benchmark-only benchmarks $(ARGS)
+
+gpu:
+	$(GPU_PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --stage $(STAGE) --backend $(BACKEND) $(ARGS)
 
 report: $(VENV)/built
 	$(PY) benchmarks/report.py $(ARGS)

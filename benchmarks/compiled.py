@@ -16,9 +16,11 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -26,9 +28,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from pyattn import functional
 from pyattn.backends import triton as backend
 from pyattn.kernels.launch import Launch
-from pyattn.spec import AttentionSpec, AttentionTensors, lse_shape
+from pyattn.spec import AttentionSpec, AttentionTensors, empty_output, lse_shape
+from pyattn.testing import CASES, Case, make_inputs, run
 
 RESULTS = Path(__file__).parent / "results" / "compiled" / "triton.json"
 TARGETS = {
@@ -99,29 +103,54 @@ class NoGpu:
         return 0
 
 
-def launches(entry: Entry, length: int = 4096, **changes: Any) -> dict[str, Launch]:
+def launches(entry: Entry, length: int = 4096, layout: str = "BHLD") -> dict[str, Launch]:
     """By the kernel's name, what the backend launches for a call of this kind, on tensors without data."""
-    decode = entry.kernel in ("decode", "combine")
-    B, Hq, Hkv, Lq = 2, 8, 4, 1 if decode else length
+    B, Hq, Hkv, Lq = 2, 8, 4, 1 if entry.kernel in ("decode", "combine") else length
     dtype = getattr(torch, entry.dtype)
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, k = tensor(B, Hq, Lq, entry.head_dim), tensor(B, Hkv, length, entry.head_dim)
+    def heads(H: int, L: int) -> torch.Tensor:
+        if layout == "BHLD":
+            return tensor(B, H, L, entry.head_dim)
+        return tensor(B, L, H, entry.head_dim).transpose(1, 2)
+
+    q, k = heads(Hq, Lq), heads(Hkv, length)
     t = AttentionTensors(q, k, torch.empty_like(k))
     if entry.mask == "masked":
         t = t._replace(attn_mask=tensor(B, Hq, Lq, length))
-    t = t._replace(**changes)
     spec = AttentionSpec(entry.head_dim**-0.5, window_right=0 if entry.mask == "causal" else None)
-    out, lse = torch.empty_like(q), torch.empty(lse_shape(q), dtype=torch.float32, device="meta")
-    forward = backend.forward_launches(spec, t, out, lse, entry.arch)
-    if decode:
-        return dict(zip(("decode", "combine"), forward, strict=True))
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
-    args = (spec, t, out, lse, torch.empty_like(lse), out, None, grads, t.attn_mask, entry.arch)
-    backward = backend.backward_launches(*args)
-    return dict(zip(("forward", "preprocess", "dkdv", "dq", "dmask"), forward + backward, strict=False))
+    return call_launches(spec, t, entry.arch)
+
+
+def case_launches(case: Case, dtype: torch.dtype, arch: str) -> dict[str, Launch]:
+    """The same for one of the cases that tests compute."""
+    captured: list[tuple[AttentionSpec, AttentionTensors, str]] = []
+
+    def capture(*call: Any) -> tuple[None, None]:
+        captured.append(call)
+        return None, None
+
+    with mock.patch.object(functional.ops, "attention", capture):
+        run(make_inputs(case, dtype))
+    spec, t, _ = captured[0]
+    return call_launches(spec, t, arch)
+
+
+def call_launches(spec: AttentionSpec, t: AttentionTensors, arch: str) -> dict[str, Launch]:
+    """By the kernel's name, what the backend launches for the forward and, where there is one, the backward."""
+    out, lse = empty_output(t.query, t.value.shape[-1]), t.query.new_empty(lse_shape(t.query), dtype=torch.float32)
+    forward = backend.forward_launches(spec, t, out, lse, arch)
+    named = dict(
+        zip(("decode", "combine") if forward[0].arguments["PACK_GQA"] else ("forward",), forward, strict=False)
+    )
+    if t.block_table is None:
+        grads = [torch.empty_like(x) for x in t[:3]]
+        grad_mask = t.attn_mask if t.attn_mask is not None and t.attn_mask.is_floating_point() else None
+        backward = backend.backward_launches(spec, t, out, lse, lse, out, lse, grads, grad_mask, arch)
+        named |= dict(zip(("preprocess", "dkdv", "dq", "dmask"), backward, strict=False))
+    return named
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:
@@ -130,10 +159,12 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     return launch.kernel.warmup(grid=(1,), **launch.keywords())
 
 
-def specializations(launch: Launch, arch: str) -> list[str]:
-    """What Triton compiled the kernel for, so far, in this process."""
-    compile_launch(launch, arch)
-    return list(launch.kernel.device_caches[arch][0])
+def specialization(launch: Launch, arch: str) -> str:
+    """What the kernel would be compiled for: launches that agree in it share one compiled kernel."""
+    triton.runtime.driver.set_active(NoGpu(arch))
+    *_, binder = launch.kernel.device_caches[arch]
+    _, kinds, options = binder(**launch.keywords())
+    return f"{kinds} {sorted(options.items())}"
 
 
 def figures(kernel: Any, arch: str) -> dict[str, int]:
@@ -169,12 +200,32 @@ def measure(entry: Entry) -> dict[str, Any]:
     return entry._asdict() | figures(compile_launch(launch, entry.arch), entry.arch) | tiles
 
 
+def compile_case(job: tuple[str, str, str]) -> list[str]:
+    """Compiles all kernels of a case; returns what goes wrong."""
+    name, dtype, arch = job
+    (case,) = (case for case in CASES if case.name == name)
+    wrong = []
+    for kernel, launch in case_launches(case, getattr(torch, dtype), arch).items():
+        try:
+            compile_launch(launch, arch)
+        except Exception as error:
+            wrong.append(f"{kernel} of {name!r}, {dtype}, {arch}: {error}")
+    return wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one entry of each kernel and architecture")
     parser.add_argument("--only", default="", help="entries whose name matches this regular expression")
+    parser.add_argument("--cases", metavar="NAMES", help="compile the cases of these names instead, separated by ';'")
+    parser.add_argument("--archs", default=",".join(TARGETS), help="of the cases")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.cases:
+        jobs = list(itertools.product(arguments.cases.split(";"), ("bfloat16",), arguments.archs.split(",")))
+        with concurrent.futures.ProcessPoolExecutor() as pool:
+            wrong = list(itertools.chain.from_iterable(pool.map(compile_case, jobs)))
+        sys.exit("\n".join(wrong) or 0)
     entries = [entry for entry in (quick() if arguments.quick else grid()) if re.search(arguments.only, str(entry))]
     with concurrent.futures.ProcessPoolExecutor() as pool:
         cells = list(pool.map(measure, entries))

@@ -22,13 +22,20 @@ PAGE_SIZE = 64
 
 def prepare(name: str, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
     try:
-        return PEERS[name](query, key, value, causal)
+        return (PEERS | ON_GPUS)[name](query, key, value, causal)
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
     return lambda: pyattn.attention(query, key, value, causal=causal)
+
+
+def ours_by(backend: str) -> Callable[[Tensor, Tensor, Tensor, bool], Prepared]:
+    def prepare(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
+        return lambda: pyattn.attention(query, key, value, causal=causal, backend=backend)
+
+    return prepare
 
 
 def ours_paged(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
@@ -55,6 +62,23 @@ def naive(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
 def sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
     grouped = query.shape[1] != key.shape[1]
     return lambda: F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
+
+
+def sdpa_by(backend: str) -> Callable[[Tensor, Tensor, Tensor, bool], Prepared]:
+    """torch's SDPA held to one of its kernels for GPUs; the call raises where that kernel refuses."""
+
+    def prepare(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        call = sdpa(query, key, value, causal)
+
+        def run() -> Tensor:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return call()  # type: ignore[operator]
+
+        return run
+
+    return prepare
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
@@ -184,4 +208,10 @@ PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Prepared]] = {
     "OpenVINO": openvino,
     "flash-attn": flash_attn,
     "xFormers": xformers,
+}
+ON_GPUS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Prepared]] = {
+    "pyattn, triton": ours_by("triton"),
+    "SDPA flash": sdpa_by("FLASH_ATTENTION"),
+    "SDPA cuDNN": sdpa_by("CUDNN_ATTENTION"),
+    "SDPA efficient": sdpa_by("EFFICIENT_ATTENTION"),
 }

@@ -36,8 +36,13 @@ COLORS = {
     "FlexAttention": "#8b5fbf",
     "ONNX Runtime": "#2a9d6f",
     "OpenVINO": "#c23b5a",
+    "pyattn, triton": compare.COLORS["pyattn"],
+    "SDPA flash": "#e08e1b",
+    "SDPA cuDNN": "#2a9d6f",
+    "SDPA efficient": "#c23b5a",
 }
-PEERS = [name for name in COLORS if name != "pyattn"]
+OURS = ("pyattn", "pyattn, triton")
+PEERS = [name for name in COLORS if name not in OURS]
 VARIANTS = [(dtype, causal) for dtype in ("float32", "bfloat16") for causal in (False, True)]
 
 Cell = dict[str, Any]
@@ -55,9 +60,10 @@ def main() -> None:
     try:
         args.docs.mkdir(parents=True, exist_ok=True)
         for name, (environment, cells) in load(args.results, args.device).items():
-            threads = args.threads or max(cell["threads"] for cell in cells)
-            cells = [c for c in cells if c["threads"] == threads and c["head_dim"] == HEAD_DIM]
             suite = SUITES[name]
+            if not suite.on_gpu:
+                threads = args.threads or max(cell["threads"] for cell in cells)
+                cells = [c for c in cells if c["threads"] == threads and c["head_dim"] == HEAD_DIM]
             rows = suite.rows(cells)
             if not rows:
                 raise ValueError(f"{name} has nothing for its table with {threads} threads and head dim {HEAD_DIM}")
@@ -73,14 +79,18 @@ def main() -> None:
 
 
 def load(results: Path, device: str | None) -> dict[str, tuple[dict[str, Any], list[Cell]]]:
-    """Environment and cells of every suite that one device has results of."""
+    """Environment and cells of every suite, of the device that was measured last; GPUs have suites of their own."""
     found = [json.loads(path.read_text()) | {"suite": path.stem} for path in results.glob(f"{device or '*'}/*.json")]
     found = [result for result in found if result["suite"] in SUITES]
     if not found:
         raise ValueError(f"nothing for {device or 'any device'} in {results}: run `make bench` first")
-    newest = max(found, key=lambda result: result["environment"]["date"])["environment"]["device"]
-    of_device = [result for result in found if result["environment"]["device"] == newest]
-    return {result["suite"]: (result["environment"], result["cells"]) for result in of_device}
+    found.sort(key=lambda result: result["environment"]["date"])
+    newest = {SUITES[result["suite"]].on_gpu: result["environment"]["device"] for result in found}
+    return {
+        result["suite"]: (result["environment"], result["cells"])
+        for result in found
+        if result["environment"]["device"] == newest[SUITES[result["suite"]].on_gpu]
+    }
 
 
 def insert(path: Path, name: str, text: str) -> None:
@@ -95,6 +105,8 @@ def insert(path: Path, name: str, text: str) -> None:
 
 def conditions(environment: dict[str, Any], cells: list[Cell]) -> str:
     one = cells[0]
+    if "threads" not in one:
+        return compare.describe(environment, "cuda") + f", triton {environment['triton']}"
     machine = compare.describe(environment | {"threads": one["threads"]})
     return f"batch x heads {one['batch_heads']}, head dim {one['head_dim']}; {machine}"
 
@@ -196,6 +208,31 @@ def feature_rows(cells: list[Cell]) -> list[Row]:
     ]
 
 
+def gpu_rows(cells: list[Cell]) -> list[Row]:
+    return [
+        {"": f"D {cell['head_dim']}, {'causal' if cell['causal'] else 'full'}", "length": str(cell["length"])}
+        | {"pyattn TFLOP/s": f"{cell['tflops'][ours(cell)]:.0f}", "of a matmul": f"{cell['percent_of_matmul']:.0f}%"}
+        | {"over the best": f"{cell['speedup'][cell['best_peer']]:.2f}x ({cell['best_peer']})"}
+        | speedups(cell)
+        for head_dim, causal in itertools.product((64, 128, 256), (False, True))
+        for cell in select(cells, head_dim=head_dim, causal=causal)
+    ]
+
+
+def gpu_decode_rows(cells: list[Cell]) -> list[Row]:
+    return [
+        {"": f"D {cell['head_dim']}, {cell['heads']} heads on {cell['kv_heads']}", "batch": str(cell["batch"])}
+        | {"keys": str(cell["length"]), "pyattn GB/s": f"{cell['gb_per_second'][ours(cell)]:.0f}"}
+        | {"of a copy": f"{cell['percent_of_copy']:.0f}%"}
+        | speedups(cell)
+        for cell in cells
+    ]
+
+
+def ours(cell: Cell) -> str:
+    return f"pyattn, {cell['backend']}"
+
+
 def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count} {one if count == 1 else many or one + 's'}"
 
@@ -245,9 +282,9 @@ def panel(axes: Any, plot: Plot, cells: list[Cell]) -> None:
     for name, color in COLORS.items():
         points = [(cell["length"], plot.values(cell)[name]) for cell in cells if name in plot.values(cell)]
         if points:
-            width = 2.8 if name == "pyattn" else 1.6
+            width = 2.8 if name in OURS else 1.6
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, "o-", color=color, lw=width, ms=4, label=name, zorder=3 if name == "pyattn" else 2)
+            axes.plot(x, y, "o-", color=color, lw=width, ms=4, label=name, zorder=3 if name in OURS else 2)
     limits = [limit for cell in cells if plot.limit and (limit := plot.limit[1](cell))]
     if plot.limit and limits:
         axes.axhline(max(limits), color="#333333", ls=":", lw=1.2, label=plot.limit[0])
@@ -272,6 +309,7 @@ class Suite(NamedTuple):
     rows: Callable[[list[Cell]], list[Row]]
     note: str
     plot: Plot | None = None
+    on_gpu: bool = False
 
 
 def by_variant(**fields: Any) -> dict[str, dict[str, Any]]:
@@ -335,6 +373,40 @@ SUITES = {
             lambda cell: {name: max(peak, 4096) / 1e6 for name, peak in cell["peak_extra_bytes"].items()},
             log=True,
         ),
+    ),
+}
+ON_GPU = Plot(
+    "",
+    {
+        f"D {head_dim}, {'causal' if causal else 'full'}": {"head_dim": head_dim, "causal": causal}
+        for head_dim, causal in itertools.product((64, 128, 256), (False, True))
+    },
+    "TFLOP/s",
+    lambda cell: cell["tflops"],
+    ("matmul, measured", lambda cell: cell["matmul_tflops"]),
+    HALF,
+)
+GPU_NOTE = "bfloat16, 16384 tokens, heads x head dim 2048. The matmul is one of 8192 x 8192 in the same run."
+SUITES |= {
+    "gpu_triton_forward": Suite(
+        "Forward on a GPU",
+        gpu_rows,
+        f"{HALF} {GPU_NOTE}",
+        ON_GPU._replace(title="Attention forward on a GPU: higher is faster"),
+        True,
+    ),
+    "gpu_triton_backward": Suite(
+        "Backward on a GPU",
+        gpu_rows,
+        f"{HALF} {GPU_NOTE}",
+        ON_GPU._replace(title="Attention backward on a GPU: higher is faster"),
+        True,
+    ),
+    "gpu_triton_decode": Suite(
+        "Decode on a GPU: one query",
+        gpu_decode_rows,
+        "bfloat16. GB/s count each key and value once; the copy is a large one in the same run, read and written.",
+        on_gpu=True,
     ),
 }
 

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from pyattn.kernels.launch import Launch, Tiles, block_dim, common_arguments, lse_strides, slots_of, strides
+from pyattn.kernels.launch import (
+    NOT_SPECIALIZED,
+    Launch,
+    Tiles,
+    block_dim,
+    common_arguments,
+    lse_strides,
+    slots_of,
+    strides,
+)
 from pyattn.kernels.tile import (
     LOG2E,
     Keys,
@@ -30,10 +39,6 @@ from pyattn.kernels.tile import (
 )
 
 PREPROCESS_TILES = Tiles(BLOCK_M=32, BLOCK_N=1, num_warps=4, num_stages=1)
-_NOT_SPECIALIZED = [
-    "stride_mb", "stride_mh", "stride_mm", "stride_lb", "stride_lh", "B", "Hq", "Lq", "Lk", "total_q", "total_k",
-    "tiles", "slots", "window_left", "window_right", "q_offset", "threshold",
-]  # fmt: skip
 
 
 class Rows(NamedTuple):
@@ -54,7 +59,7 @@ class Rows(NamedTuple):
 # ---- the row term -------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "Hq", "Lq"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _attention_bwd_preprocess_kernel(
     OUT, DO, DLSE, DELTA,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_om: tl.int64,
@@ -142,7 +147,7 @@ def _over_queries(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _attention_bwd_dkdv_kernel(
     Q, K, V, DO, DK, DV, LSE, DELTA,
     MASK, ALIBI_SLOPES, Q_OFFSETS, KV_LENGTHS, KV_STARTS, CU_SEQLENS_Q, CU_SEQLENS_K, SEED,
@@ -244,7 +249,7 @@ def _over_keys(
     return b_dq
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _attention_bwd_dq_kernel(
     Q, K, V, DO, DQ, LSE, DELTA,
     MASK, ALIBI_SLOPES, Q_OFFSETS, KV_LENGTHS, KV_STARTS, CU_SEQLENS_Q, CU_SEQLENS_K, SEED,
@@ -314,7 +319,7 @@ def _attention_bwd_dq_kernel(
 # ---- the mask -----------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "mask_B", "mask_H", "mask_Lq", "mask_Lk"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _attention_bwd_dmask_kernel(
     Q, K, V, DO, DMASK, LSE, DELTA,
     MASK, ALIBI_SLOPES, Q_OFFSETS, KV_LENGTHS, KV_STARTS, SEED,

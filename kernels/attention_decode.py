@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from pyattn.kernels import attention_fwd
-from pyattn.kernels.launch import Launch, Tiles, block_dim, strides
+from pyattn.kernels.launch import NOT_SPECIALIZED, Launch, Tiles, block_dim, strides
 from pyattn.kernels.tile import LN2, LOG2E
 
 COMBINE_TILES = Tiles(BLOCK_M=1, BLOCK_N=16, num_warps=4, num_stages=1)
 
 
-@triton.jit(do_not_specialize=["Hq", "Lq", "num_rows", "num_splits"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _attention_combine_kernel(
     PARTIAL_OUT, PARTIAL_LSE, SINKS, OUT, LSE,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_om: tl.int64, Hq, Lq, num_rows: tl.int64, num_splits,

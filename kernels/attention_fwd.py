@@ -8,7 +8,7 @@ a program sees only SPLIT of the keys and leaves a partial result: so few querie
 import triton
 import triton.language as tl
 
-from pyattn.kernels.launch import Launch, common_arguments, paged_arguments, slots_of, strides
+from pyattn.kernels.launch import NOT_SPECIALIZED, Launch, common_arguments, paged_arguments, slots_of, strides
 from pyattn.kernels.tile import (
     LN2,
     LOG2E,
@@ -52,12 +52,7 @@ def _attend(
     return b_acc, b_max, b_sum
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_mb", "stride_mh", "stride_mm", "stride_lb", "stride_lh", "B", "Hq", "Lq", "Lk", "total_q", "total_k",
-        "tiles", "slots", "num_rows", "window_left", "window_right", "q_offset", "num_pages", "threshold",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _attention_fwd_kernel(
     Q, K, V, OUT, LSE, PARTIAL_OUT, PARTIAL_LSE,
     MASK, ALIBI_SLOPES, SINKS, Q_OFFSETS, KV_LENGTHS, KV_STARTS, BLOCK_TABLE, CU_SEQLENS_Q, CU_SEQLENS_K, SEED,

@@ -11,6 +11,13 @@ INTERPRETED = triton.knobs.runtime.interpret  # kernels run on CPU tensors, in P
 MIN_BLOCK_D = 16  # matrix instructions take no less
 _LOG2E = math.log2(math.e)
 
+# Arguments that follow a length, or may change from call to call: nothing is compiled again for them.
+NOT_SPECIALIZED = [
+    "stride_mb", "stride_mh", "stride_mm", "stride_lb", "stride_lh", "stride_tb",
+    "B", "Hq", "Lq", "Lk", "total_q", "total_k", "tiles", "slots", "num_rows", "num_splits", "num_pages",
+    "mask_B", "mask_H", "mask_Lq", "mask_Lk", "window_left", "window_right", "q_offset", "threshold",
+]  # fmt: skip
+
 
 class Tiles(NamedTuple):
     """The shape of a kernel's tiles, and how Triton is to compile it."""
@@ -206,4 +213,4 @@ def paged_arguments(t: Any) -> dict[str, Any]:
 
 def allows_tf32() -> bool:
     """Whether torch lets float32 products run on tensor cores."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"

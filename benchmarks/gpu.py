@@ -1,0 +1,225 @@
+"""The stages of `make gpu`: what only a GPU can tell, each in under ten minutes, with no network.
+
+    make gpu STAGE=check BACKEND=triton
+    make gpu STAGE=forward BACKEND=triton
+
+``check`` runs compute-sanitizer over a few tests and then every test of the backend. ``forward``, ``backward`` and
+``decode`` measure: pyattn and its peers take turns with a large matrix product and a copy, whose rates are the
+machine's limits. Each row is saved as soon as it is measured, in ``results/<device>/``; a rerun goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peers
+import torch
+from suite import significant
+from torch import Tensor
+
+from pyattn import compare, dispatch, measure
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TESTS = {"triton": "tests/test_triton.py"}
+# A test of every kernel, with masks, pages, packed sequences and sizes that fill no tile.
+SMOKE = "test_small and (gqa or everything or family)"
+TOKENS, WIDTH = 16384, 2048  # B * L and Hq * D
+TOLERANCE = 0.02  # of bfloat16 results: tells a wrong kernel from a rounding one
+
+
+class Cell(NamedTuple):
+    stage: str
+    head_dim: int
+    length: int  # of the keys
+    causal: bool = False
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    num_queries: int | None = None  # None: as many as keys
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key, value and the gradient of the output."""
+        query = (self.batch, self.heads, self.num_queries or self.length, self.head_dim)
+        key = (self.batch, self.kv_heads, self.length, self.head_dim)
+        q, k, v, grad = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in (query, key, key, query))
+        for x in (q, k, v):
+            x.requires_grad_(self.stage == "backward")
+        return q, k, v, grad
+
+
+def grid(stage: str) -> list[Cell]:
+    if stage == "decode":
+        shapes = [(1, 2048), (1, 32768), (16, 4096), (16, 32768), (64, 8192), (128, 2048)]
+        return [
+            Cell(stage, head_dim, length, False, batch, group * 8, 8, 1)
+            for head_dim, group, (batch, length) in itertools.product((64, 128), (1, 4, 8), shapes)
+        ]
+    cells = itertools.product((64, 128, 256), (16384, 8192, 4096, 2048, 1024, 512), (False, True))
+    return [
+        Cell(stage, head_dim, length, causal, TOKENS // length, WIDTH // head_dim, WIDTH // head_dim)
+        for head_dim, length, causal in cells
+    ]
+
+
+def competitors(cell: Cell, backend: str) -> list[str]:
+    """Compiling FlexAttention takes seconds a shape: it is measured at two lengths."""
+    compiled = ["FlexAttention"] if cell.length in (2048, 16384) and cell.stage != "decode" else []
+    return [f"pyattn, {backend}", "SDPA flash", "SDPA cuDNN", "SDPA efficient", *compiled]
+
+
+# ---- one row -----------------------------------------------------------------------------------------------
+
+
+def limits() -> tuple[dict[str, Callable[[], Any]], float, int]:
+    """A matrix product and a copy, to take turns with, and the product's operations and the copy's bytes."""
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, 2.0 * n**3, 2 * source.nbytes
+
+
+def measure_cell(cell: Cell, backend: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    query, key, value, grad = cell.inputs()
+    truth = measure.Truth(query, key, value, grad, causal=cell.causal)
+    runs: dict[str, Callable[[], Any]] = {}
+    absent, errors = {}, {}
+    for name in competitors(cell, backend):
+        forward = peers.prepare(name, query, key, value, cell.causal)
+        if isinstance(forward, str):
+            absent[name] = forward
+            continue
+        try:
+            errors[name] = check(cell, forward, query, key, value, truth)
+        except RuntimeError as error:  # a peer that refuses a shape says so only when it is called
+            if name.startswith("pyattn"):
+                raise
+            absent[name] = str(error).strip().splitlines()[0]
+            continue
+        runs[name] = forward if cell.stage != "backward" else measure.backward_alone(forward, (query, key, value), grad)
+    beside, operations, copied = limits()
+    times = measure.alternate(runs | beside, rounds=5, min_time=0.3, cuda=True)
+    ours = f"pyattn, {backend}"
+    others = [name for name in runs if name != ours]
+    best = min(others, key=times.median, default=None)
+    forward_flops = measure.attention_flops(query, key, value, causal=cell.causal)
+    both = measure.attention_flops(query, key, value, causal=cell.causal, backward=True)
+    flops = both - forward_flops if cell.stage == "backward" else forward_flops
+    read = (query.numel() + 2 * key.numel()) * query.element_size()
+    bandwidth = copied / times.median("copy")
+    return (
+        cell._asdict()
+        | {"dtype": "bfloat16", "backend": backend, "rounds": len(times.samples[ours])}
+        | {"microseconds": {name: significant(times.median(name) * 1e6) for name in times.samples}}
+        | {"tflops": {name: significant(flops / times.median(name) / 1e12) for name in runs}}
+        | {"gb_per_second": {name: significant(read / times.median(name) / 1e9) for name in runs}}
+        | {"speedup": {name: significant(times.ratio(name, ours)) for name in others}, "best_peer": best}
+        | {"percent_of_matmul": round(100 * flops / times.median(ours) / (operations / times.median("matmul")), 1)}
+        | {"percent_of_copy": round(100 * read / times.median(ours) / bandwidth, 1)}
+        | {"matmul_tflops": significant(operations / times.median("matmul") / 1e12)}
+        | {"copy_gb_per_second": significant(bandwidth / 1e9)}
+        | {"max_error": {name: significant(error, 2) for name, error in errors.items()}, "absent": absent}
+    )
+
+
+def check(cell: Cell, forward: Any, query: Tensor, key: Tensor, value: Tensor, truth: measure.Truth) -> float:
+    """The largest error, relative to the largest value, of outputs and gradients."""
+    inputs = (query, key, value)
+    results = measure.forward_backward(forward, inputs, truth.grad)() if query.requires_grad else (forward(),)
+    of_out, of_gradients = truth.errors(*results)
+    error = of_out / truth.out.abs().max().item()
+    if of_gradients is not None:
+        error = max(error, of_gradients / max(x.abs().max().item() for x in truth.gradients))
+    assert error < TOLERANCE, f"{cell}: relative error {error:.2g}"
+    return error
+
+
+# ---- the stages --------------------------------------------------------------------------------------------
+
+
+def run_check(backend: str) -> None:
+    """compute-sanitizer on a few tests; torch's caching of memory would hide what lies beyond a tensor."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", TESTS[backend]]
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        sys.exit("gpu: compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
+    smoke = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *tests, "-x", "-k", SMOKE]
+    # Most of the time is the compiler's: with pytest-xdist it has every core.
+    parallel = ["-n", str(measure.physical_cores())] if importlib.util.find_spec("xdist") else []
+    for command, environment in ((smoke, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), ([*tests, *parallel], {})):
+        print("gpu:", " ".join(command), flush=True)
+        if code := subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode:
+            sys.exit(code)
+
+
+def run_measurements(stage: str, backend: str, folder: Path) -> None:
+    environment = compare.environment() | {"command": f"make gpu STAGE={stage} BACKEND={backend}"}
+    if backend == "triton":
+        import triton
+
+        environment["triton"] = triton.__version__
+    environment["device"] = re.sub(r"\W+", "-", str(environment["gpu"]).lower())
+    path = folder / environment["device"] / f"gpu_{backend}_{stage}.json"
+    cells = finished(path, environment)
+    known = {Cell(**{name: cell[name] for name in Cell._fields}) for cell in cells}
+    for cell in grid(stage):
+        if cell in known:
+            continue
+        cells.append(measure_cell(cell, backend))
+        environment["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        save(path, environment, cells)
+        row = cells[-1]
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in row["tflops"].items())
+        print(f"{' '.join(map(str, cell))}: TFLOP/s {rates}; {row['percent_of_matmul']}% of a matmul, "
+              f"{row['percent_of_copy']}% of a copy", flush=True)  # fmt: skip
+        torch.cuda.empty_cache()
+    print(f"gpu: {path}")
+
+
+def finished(path: Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run on the same device with the same versions; others are measured again."""
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text())
+    same = all(old["environment"].get(name) == environment[name] for name in ("gpu", "torch", "pyattn"))
+    return old["cells"] if same else []
+
+
+def save(path: Path, environment: dict[str, Any], cells: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(cell) for cell in cells)
+    path.write_text(f'{{"environment": {json.dumps(environment, indent=1)},\n"cells": [\n{lines}\n]}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", required=True, choices=("check", "forward", "backward", "decode"))
+    parser.add_argument("--backend", required=True, choices=sorted(TESTS))
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu: torch finds no GPU (torch.cuda.is_available() is False); nothing was run")
+    if reasons := dispatch.load(arguments.backend).unavailable():
+        sys.exit(f"gpu: backend {arguments.backend}: {'; '.join(reasons)}")
+    if arguments.stage == "check":
+        run_check(arguments.backend)
+    else:
+        run_measurements(arguments.stage, arguments.backend, arguments.results)
+
+
+if __name__ == "__main__":
+    main()
