@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -24,6 +23,7 @@ from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import store
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -229,10 +229,7 @@ def main() -> None:
     entries = [entry for entry in (quick() if arguments.quick else grid()) if re.search(arguments.only, str(entry))]
     with concurrent.futures.ProcessPoolExecutor() as pool:
         cells = list(pool.map(measure, entries))
-    environment = {"triton": triton.__version__}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(cell) for cell in cells)
-    arguments.out.write_text(f'{{"environment": {json.dumps(environment)},\n"cells": [\n{lines}\n]}}\n')
+    store.save(arguments.out, {"triton": triton.__version__}, cells)
     print(f"{len(cells)} entries: {arguments.out}")
 
 

@@ -8,7 +8,6 @@ A suite ``bench_NAME.py`` has a GRID of cells and a QUICK part of it; it writes 
 """
 
 import datetime
-import json
 import os
 import re
 import sys
@@ -22,6 +21,8 @@ import torch
 from pyattn import compare
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import suite`: importlib mode does not add it
+
+import store
 
 RESULTS = Path(__file__).parent / "results"
 _SAVED = pytest.StashKey[list[str]]()
@@ -67,9 +68,7 @@ def save(suite: str, cells: list[dict[str, Any]], directory: Path) -> Path:
     environment["command"] = " ".join(["python -m pytest", *sys.argv[1:]])
     forced = os.environ.get("PYATTN_CPU_ISA")
     path = directory / environment["device"] / (f"{suite}_{forced}.json" if forced else f"{suite}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(cell) for cell in cells)  # one a cell: a diff shows which of them moved
-    path.write_text(f'{{"environment": {json.dumps(environment, indent=1)},\n"cells": [\n{lines}\n]}}\n')
+    store.save(path, environment, cells)
     return path
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import peers
+import store
 import torch
 from suite import significant
 from torch import Tensor
@@ -181,7 +182,7 @@ def run_measurements(stage: str, backend: str, folder: Path) -> None:
             continue
         cells.append(measure_cell(cell, backend))
         environment["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        save(path, environment, cells)
+        store.save(path, environment, cells)
         row = cells[-1]
         rates = ", ".join(f"{name} {rate:.0f}" for name, rate in row["tflops"].items())
         print(f"{' '.join(map(str, cell))}: TFLOP/s {rates}; {row['percent_of_matmul']}% of a matmul, "
@@ -197,12 +198,6 @@ def finished(path: Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
     old = json.loads(path.read_text())
     same = all(old["environment"].get(name) == environment[name] for name in ("gpu", "torch", "pyattn"))
     return old["cells"] if same else []
-
-
-def save(path: Path, environment: dict[str, Any], cells: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(cell) for cell in cells)
-    path.write_text(f'{{"environment": {json.dumps(environment, indent=1)},\n"cells": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
