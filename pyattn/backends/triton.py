@@ -73,6 +73,8 @@ def unavailable() -> list[str]:
         return [f"triton cannot be imported ({_import_error})"]
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
         return [f"needs triton {'.'.join(map(str, OLDEST))} or later, this is {triton.__version__}"]
+    if not INTERPRETED and not torch.cuda.is_available():
+        return ["torch finds no GPU"]
     return []
 
 
