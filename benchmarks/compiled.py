@@ -19,7 +19,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -32,7 +31,7 @@ from pyattn import functional
 from pyattn.backends import triton as backend
 from pyattn.kernels.launch import Launch
 from pyattn.spec import AttentionSpec, AttentionTensors, empty_output, lse_shape
-from pyattn.testing import CASES, Case, make_inputs, run
+from pyattn.testing import CASES, Case, make_inputs
 
 RESULTS = Path(__file__).parent / "results" / "compiled" / "triton.json"
 TARGETS = {
@@ -126,16 +125,8 @@ def launches(entry: Entry, length: int = 4096, layout: str = "BHLD") -> dict[str
 
 def case_launches(case: Case, dtype: torch.dtype, arch: str) -> dict[str, Launch]:
     """The same for one of the cases that tests compute."""
-    captured: list[tuple[AttentionSpec, AttentionTensors, str]] = []
-
-    def capture(*call: Any) -> tuple[None, None]:
-        captured.append(call)
-        return None, None
-
-    with mock.patch.object(functional.ops, "attention", capture):
-        run(make_inputs(case, dtype))
-    spec, t, _ = captured[0]
-    return call_launches(spec, t, arch)
+    prepare = functional._dense if case.packed is None else functional._packed
+    return call_launches(*prepare(**make_inputs(case, dtype)), arch)
 
 
 def call_launches(spec: AttentionSpec, t: AttentionTensors, arch: str) -> dict[str, Launch]:

@@ -144,10 +144,10 @@ def _attention_fwd_kernel(
 
     # What it found. A row without keys has a sum of 0.
     b_lse = (b_max + tl.log2(b_sum)) * LN2
-    b_norm = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_norm = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)  # one division a row, not one an element
     if SEED is not None:
-        b_norm = b_norm / keep_scale
-    b_acc = b_acc / b_norm[:, None]
+        b_norm *= keep_scale
+    b_acc *= b_norm[:, None]
     o_d = tl.arange(0, BLOCK_DV)
     m_out = m_m[:, None] & (o_d < Dv)[None, :]
     o_row = i_b * stride_lb + o_head * stride_lh + first_q + o_m  # [M] in int64

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pyattn
-from pyattn import dispatch
+from pyattn import dispatch, functional
 from pyattn.testing import (
     CASES,
     DTYPES,
@@ -335,11 +335,8 @@ def test_finite_biases_of_any_size(small_tiles):
 def test_opcheck(name, small_tiles):
     case = dataclasses.replace(BY_NAME[name].small(), Hq=2, Hkv=1)
     kwargs = make_inputs(case, torch.float32, DEVICE, requires_grad=case.differentiable)
-    captured = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyattn.functional.ops.attention", lambda *args: captured.append(args) or (None, None))
-        run(kwargs, backend="triton")
-    spec, tensors, _ = captured[0]
+    prepare = functional._dense if case.packed is None else functional._packed
+    spec, tensors = prepare(**kwargs)
     torch.library.opcheck(torch.ops.pyattn.attention_forward.default, (*tensors, *spec, "triton"))
 
 
