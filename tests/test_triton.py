@@ -47,6 +47,7 @@ SMALL_TILES = {
 }
 BY_NAME = {case.name: case for case in CASES}
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
+by_some_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def small(case):
@@ -190,11 +191,11 @@ def assert_same_bits(actual, expected):
         assert torch.equal(x, expected[name]), f"{name}: {int((x != expected[name]).sum())} elements differ"
 
 
-@by_dtype
+@by_some_dtype
 @pytest.mark.parametrize("length", [4, 40], ids=["decode", "forward"])
 def test_bits_of_a_sample_do_not_depend_on_its_batch(length, dtype, small_tiles):
-    case = Case("batch", B=3, Hq=2, Hkv=1, Lq=length, Lk=50, D=16, causal=True, mask="float", mask_shape="B1QK",
-                kv_lengths=(50, 12, 37))  # fmt: skip
+    case = Case("batch", B=2, Hq=2, Hkv=1, Lq=length, Lk=50, D=16, causal=True, mask="float", mask_shape="B1QK",
+                kv_lengths=(50, 37))  # fmt: skip
     kwargs = make_inputs(case, dtype, DEVICE, requires_grad=True)
     batch = results(kwargs, OUTPUTS)
     assert_same_bits(results(kwargs, OUTPUTS), batch)
@@ -205,7 +206,7 @@ def test_bits_of_a_sample_do_not_depend_on_its_batch(length, dtype, small_tiles)
         assert_same_bits(alone, {name: x[b : b + 1] for name, x in batch.items()})
 
 
-@by_dtype
+@by_some_dtype
 @pytest.mark.parametrize("length", [2, 40], ids=["decode", "forward"])
 @pytest.mark.parametrize("page_size", [1, 7, 16])
 def test_pages_do_not_change_the_bits(page_size, length, dtype, small_tiles):
@@ -215,7 +216,7 @@ def test_pages_do_not_change_the_bits(page_size, length, dtype, small_tiles):
     assert_same_bits(results(to_pages(kwargs, page_size)), results(kwargs))
 
 
-@by_dtype
+@by_some_dtype
 def test_packed_sequences_are_the_sequences_one_by_one(dtype, small_tiles):
     lengths = ((1, 30), (33, 40), (0, 5), (7, 9), (20, 0), (16, 16))
     case = Case("packed", Hq=4, Hkv=2, D=24, packed=lengths, causal=True, alibi=True, softcap=5.0)
@@ -252,7 +253,7 @@ LAYOUTS = {
 }
 
 
-@by_dtype
+@by_some_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_do_not_change_the_bits(layout, dtype, small_tiles):
     """Of what comes in, and of the gradients of out and lse as autograd leaves them."""
@@ -269,7 +270,7 @@ def test_layouts_do_not_change_the_bits(layout, dtype, small_tiles):
 # ---- what must not be read, and what must be -----------------------------------------------------------------
 
 
-@by_dtype
+@by_some_dtype
 @pytest.mark.parametrize("fill", [torch.nan, torch.inf])
 def test_what_is_not_in_use_never_shows(fill, dtype, small_tiles):
     case = Case("padding", B=2, Hq=2, Hkv=1, Lq=20, Lk=50, D=16, kv_lengths=(50, 13), kv_starts=(17, 3))
