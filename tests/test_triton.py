@@ -245,6 +245,19 @@ def test_few_packed_queries_are_split(small_tiles):
     check_case(results(with_lengths, OUTPUTS), case, torch.float32, OUTPUTS)
 
 
+@by_some_dtype
+@pytest.mark.parametrize("mask", [None, "float"])
+def test_more_rows_than_one_tile_of_16(mask, dtype):
+    """float32 and masks take several tiles of 16 rows: one of 64 rows does not fit every GPU."""
+    case = Case("rows", B=1, Hq=8, Hkv=1, Lq=5, Lk=90, D=16, causal=True, mask=mask)
+    kwargs = make_inputs(case, dtype, DEVICE)
+    with backend.use_tiles(decode=SMALL_TILES["decode"]):
+        plan = str(pyattn.explain(**kwargs, backend="triton"))
+        check_case(results(kwargs), case, dtype)
+    rows = 16 if mask or dtype == torch.float32 else 64
+    assert f"parts of 32 keys, tiles of {rows} rows" in plan
+
+
 LAYOUTS = {
     "BLHD": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "last stride 2": lambda x: torch.stack([x, x * torch.nan], -1)[..., 0],

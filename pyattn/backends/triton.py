@@ -114,8 +114,10 @@ def _decode_rows(spec: AttentionSpec, query: Any, key: Any, packed: bool) -> int
     return rows if rows <= DECODE_ROWS else None
 
 
-def _decode_tiles(rows: int, *args: Any) -> Tiles:
-    return tiles_for("decode", *args)._replace(BLOCK_M=16 if rows <= 16 else DECODE_ROWS)
+def _decode_tiles(rows: int, arch: str, dtype: torch.dtype, head_dim: int, causal: bool, masked: bool) -> Tiles:
+    """One tile for all rows, where its registers and shared memory allow; otherwise several of 16 rows."""
+    tall = rows > 16 and dtype != torch.float32 and not masked
+    return tiles_for("decode", arch, dtype, head_dim, causal, masked)._replace(BLOCK_M=DECODE_ROWS if tall else 16)
 
 
 def describe(problem: Problem) -> str:
