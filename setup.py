@@ -41,7 +41,7 @@ COMPILE = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -ff
 
 def flags() -> tuple[str, str]:
     """The compile and link flags that all files share."""
-    compile, link = f"{COMPILE} -Icsrc", "-shared -fopenmp"
+    compile, link = f"{COMPILE} -Icsrc", "-shared -fopenmp -ldl"
     if os.environ.get("PYATTN_WERROR") == "1":
         compile += " -Werror"
     if sanitize := os.environ.get("PYATTN_SANITIZE"):

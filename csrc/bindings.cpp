@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "cpu/isa.h"
+#include "cuda/launch.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -127,6 +128,18 @@ PYBIND11_MODULE(_native, m) {
            py::arg("dropout_threshold"))
       .def("forward", &forward)
       .def("backward", &backward);
+  py::class_<CudaKernel>(m, "CudaKernel")
+      .def(py::init([](const py::bytes& image, const std::string& name, int threads, int shared_bytes) {
+             return CudaKernel(image, name, threads, shared_bytes);
+           }),
+           py::arg("image"), py::arg("name"), py::arg("threads"), py::arg("shared_bytes"))
+      .def("launch", [](const CudaKernel& kernel, int64_t blocks, uintptr_t stream, const py::bytes& params) {
+        const char* bytes = PyBytes_AsString(params.ptr());
+        const py::gil_scoped_release release;
+        kernel.launch(blocks, stream, bytes);
+      });
+  m.def("cuda_open", &cuda_open);
+  m.def("cuda_driver_version", &cuda_driver_version);
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (const CpuKernels& kernels : available_kernels()) names.emplace_back(kernels.isa);

@@ -12,8 +12,13 @@ from torch import Tensor
 
 from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem
 
-_MODULES = {"cpu": "pyattn.backends.cpu", "triton": "pyattn.backends.triton", "reference": "pyattn.reference"}
-ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_MODULES = {
+    "cpu": "pyattn.backends.cpu",
+    "cuda": "pyattn.backends.cuda",
+    "triton": "pyattn.backends.triton",
+    "reference": "pyattn.reference",
+}
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 SLOW_PATH_PAIRS = 2**20  # query-key pairs above which reaching the reference is worth a warning
 
 

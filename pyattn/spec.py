@@ -125,3 +125,11 @@ def lse_shape(query: Tensor) -> tuple[int, ...]:
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """A sink is a key with a weight and no value: ``ds = p * (0 - delta)``, summed over all that see it."""
+    by_head = sinks.float().unsqueeze(-1)  # [Hq, 1]
+    weight = torch.exp(by_head - lse.masked_fill(lse == -torch.inf, 0))
+    axes = (1,) if lse.dim() == 2 else (0, 2)
+    return -(weight * delta).sum(axes).to(sinks.dtype)

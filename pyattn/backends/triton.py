@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyattn import tuning
-from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_shape
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_shape, sink_gradient
 
 try:
     import triton
@@ -221,12 +221,4 @@ def backward(
         grad_mask = t.attn_mask.new_empty(t.attn_mask.shape)
     device = t.query.device
     _run(backward_launches(spec, t, out, lse, delta, grad_out, grad_lse, grads, grad_mask, arch(device)), device)
-    return *grads, grad_mask, None if t.sinks is None else _sink_gradient(t.sinks, lse, delta)
-
-
-def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """A sink is a key with a weight and no value: ``ds = p * (0 - delta)``, summed over all that see it."""
-    by_head = sinks.float().unsqueeze(-1)  # [Hq, 1]
-    weight = torch.exp(by_head - lse.masked_fill(lse == -torch.inf, 0))
-    axes = (1,) if lse.dim() == 2 else (0, 2)
-    return -(weight * delta).sum(axes).to(sinks.dtype)
+    return *grads, grad_mask, None if t.sinks is None else sink_gradient(t.sinks, lse, delta)

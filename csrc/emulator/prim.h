@@ -1,0 +1,174 @@
+// The host twin of csrc/cuda/prim.cuh: the same functions, on the machine of machine.h.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "fragments.h"
+#include "machine.h"
+
+#define DEV inline
+#define KERNEL(name)                                                                   \
+  void name(const Params& p);                                                          \
+  static void emulated_kernel(const void* p) { name(*static_cast<const Params*>(p)); } \
+  void name(const Params& p)
+
+namespace prim {
+
+DEV int thread() { return emulator::machine.current->thread; }
+DEV int64_t block() { return emulator::machine.block; }
+DEV uint32_t shared_base() { return 0; }
+
+DEV void sync() { emulator::barrier(); }
+
+DEV float shuffle_xor(float value, int mask) {
+  float result;
+  emulator::meet("shuffle_xor", &value, &result, [mask](emulator::Fiber* lanes) {
+    float values[32];
+    for (int i = 0; i < 32; ++i) values[i] = *static_cast<const float*>(lanes[i].in);
+    for (int i = 0; i < 32; ++i) *static_cast<float*>(lanes[i].out) = values[i ^ mask];
+  });
+  return result;
+}
+
+DEV uint32_t shuffle(uint32_t value, int lane) {
+  struct {
+    uint32_t value;
+    int lane;
+  } in{value, lane};
+  uint32_t result;
+  emulator::meet("shuffle", &in, &result, [](emulator::Fiber* lanes) {
+    using In = decltype(in);
+    for (int i = 0; i < 32; ++i) {
+      const int from = static_cast<const In*>(lanes[i].in)->lane % 32;
+      *static_cast<uint32_t*>(lanes[i].out) = static_cast<const In*>(lanes[from].in)->value;
+    }
+  });
+  return result;
+}
+
+DEV float exp2(float x) { return std::exp2(x); }
+DEV float log2(float x) { return std::log2(x); }
+
+inline float bits_to_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline uint16_t from_float(float x, bool bf16) {
+  if (!bf16) {
+    const _Float16 half = static_cast<_Float16>(x);
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+  }
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 64);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+DEV uint32_t pack(float low, float high, bool bf16) {
+  return from_float(low, bf16) | static_cast<uint32_t>(from_float(high, bf16)) << 16;
+}
+
+DEV float to_float(uint16_t bits, bool bf16) {
+  if (bf16) return bits_to_float(static_cast<uint32_t>(bits) << 16);
+  _Float16 half;
+  memcpy(&half, &bits, 2);
+  return static_cast<float>(half);
+}
+
+struct Words {
+  uint32_t w[4];
+};
+
+template <class T>
+void store_shared(uint32_t address, const T& x) {
+  unsigned char* to = emulator::shared_at(address, sizeof(T), sizeof(T));
+  emulator::watch_write(address, sizeof(T), false);
+  memcpy(to, &x, sizeof(T));
+}
+
+DEV float load_shared(uint32_t address) {
+  const unsigned char* from = emulator::shared_at(address, 4, 4);
+  emulator::watch_read(address, 4);
+  float x;
+  memcpy(&x, from, 4);
+  return x;
+}
+
+DEV void copy_async(uint32_t to, const void* from, int bytes) { emulator::copy({to, from, 16, bytes}); }
+DEV void copy_async_word(uint32_t to, const void* from, int bytes) { emulator::copy({to, from, 4, bytes}); }
+DEV void copy_commit() { emulator::commit(); }
+template <int pending>
+void copy_wait() {
+  emulator::wait(pending);
+}
+
+template <bool transposed>
+void load_matrices_as(uint32_t (&r)[4], uint32_t address) {
+  const unsigned char* row = emulator::shared_at(address, 16, 16);
+  emulator::watch_read(address, 16);
+  emulator::meet(transposed ? "load_matrices_transposed" : "load_matrices", row, r, [](emulator::Fiber* lanes) {
+    uint16_t rows[32][8];
+    uint32_t banks[4] = {};
+    for (int l = 0; l < 32; ++l) {
+      memcpy(rows[l], lanes[l].in, 16);
+      banks[l / 8] |= 1u << emulator::shared_offset(lanes[l].in) / 16 % 8;
+    }
+    for (const uint32_t used : banks)
+      if (used != 0xff) emulator::fail("the rows of a matrix do not lie in different banks");
+    for (int l = 0; l < 32; ++l)
+      for (int j = 0; j < 4; ++j) {
+        const int a = l / 4, b = l % 4 * 2;
+        uint32_t& word = static_cast<uint32_t*>(lanes[l].out)[j];
+        const auto* matrix = rows + 8 * j;
+        word = transposed ? matrix[b][a] | static_cast<uint32_t>(matrix[b + 1][a]) << 16
+                          : matrix[a][b] | static_cast<uint32_t>(matrix[a][b + 1]) << 16;
+      }
+  });
+}
+
+DEV void load_matrices(uint32_t (&r)[4], uint32_t address) { load_matrices_as<false>(r, address); }
+DEV void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) { load_matrices_as<true>(r, address); }
+
+struct Operands {
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+DEV void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16) {
+  const Operands operands{a, {b0, b1}};
+  emulator::meet("multiply", &operands, c, [bf16](emulator::Fiber* lanes) {
+    float A[16][16], B[16][8], C[16][8];
+    for (int l = 0; l < 32; ++l) {
+      const auto* x = static_cast<const Operands*>(lanes[l].in);
+      for (int h = 0; h < 2; ++h) {
+        for (int r = 0; r < 4; ++r) {
+          const emulator::Element e = emulator::fragment_a(l, r, h);
+          A[e.row][e.col] = to_float(static_cast<uint16_t>(x->a[r] >> (16 * h)), bf16);
+        }
+        for (int r = 0; r < 2; ++r) {
+          const emulator::Element e = emulator::fragment_b(l, r, h);
+          B[e.row][e.col] = to_float(static_cast<uint16_t>(x->b[r] >> (16 * h)), bf16);
+        }
+      }
+      for (int r = 0; r < 4; ++r) {
+        const emulator::Element e = emulator::fragment_c(l, r);
+        C[e.row][e.col] = static_cast<const float*>(lanes[l].out)[r];
+      }
+    }
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 16; ++k)
+        for (int j = 0; j < 8; ++j) C[i][j] += A[i][k] * B[k][j];
+    for (int l = 0; l < 32; ++l)
+      for (int r = 0; r < 4; ++r) {
+        const emulator::Element e = emulator::fragment_c(l, r);
+        static_cast<float*>(lanes[l].out)[r] = C[e.row][e.col];
+      }
+  });
+}
+
+}  // namespace prim

@@ -1,0 +1,569 @@
+"""The CUDA C++ kernels of ``csrc/cuda``, compiled by NVRTC when they are first needed, on NVIDIA GPUs.
+
+Nothing is compiled at installation. A call's specialisation follows from its dtype, head dims and features; the machine
+code is kept on disk (``pyattn.jit``), and ``python -m pyattn precompile`` makes it beforehand.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyattn import jit
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, empty_output, lse_shape, sink_gradient
+
+try:
+    from pyattn import _native
+except ImportError as error:  # reported by `unavailable`, never at import
+    _native = None  # type: ignore[assignment]
+    _import_error = str(error)
+
+MAX_HEAD_DIM = 256
+MAX_LENGTH = 2**30  # rows and keys are counted in 32 bits, with room for an offset
+DECODE_ROWS = 64  # query heads times queries of a key head, up to which keys are split
+SPLIT = 512  # keys of a part: bits depend neither on the batch nor on the GPU
+_COLUMNS = (64, 96, 128, 192, 256)  # of tiles; the head dim is padded with zeros in shared memory
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_LOG2E = math.log2(math.e)
+_UNLIMITED = 2**62
+_FARTHEST = 2**61  # of a window that has a side
+
+
+# ---- the GPU -------------------------------------------------------------------------------------------------
+
+
+class Gpu:
+    """Where kernels run. The tests put an emulator in its place."""
+
+    device_type = "cuda"
+
+    def unavailable(self) -> list[str]:
+        if not torch.cuda.is_available():
+            return ["torch finds no GPU"]
+        if torch.version.hip is not None:
+            return ["runs on NVIDIA GPUs, this torch is for AMD's"]
+        if reasons := jit.unavailable():
+            return reasons
+        try:
+            _native.cuda_open("libcuda.so.1")
+        except RuntimeError as error:
+            return [str(error)]
+        driver = _native.cuda_driver_version() // 1000
+        if (nvrtc := jit.nvrtc_version()[0]) > driver:
+            return [f"NVRTC {nvrtc} makes code for a newer driver than this one, which is for CUDA {driver}"]
+        return []
+
+    def arch(self, device: torch.device) -> str:
+        """The architecture of a device, with all that is special to it: "sm_80", "sm_90a"."""
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+    def cubin(self, file: str, defines: jit.Defines, arch: str) -> bytes:
+        return jit.cubin(file, defines, arch)
+
+    def stream(self, device: torch.device) -> int:
+        return torch._C._cuda_getCurrentRawStream(device.index)
+
+    def guard(self, device: torch.device) -> Any:
+        return torch.cuda.device(device)
+
+
+gpu = Gpu()
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    return gpu.arch(device)
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """The shape of a kernel's tiles, and its warps along rows and keys."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    WARPS_M: int
+    WARPS_N: int = 1
+
+    def __str__(self) -> str:
+        return f"tiles of {self.BLOCK_M} rows x {self.BLOCK_N} keys, {self.WARPS_M} x {self.WARPS_N} warps"
+
+
+class Kernel(NamedTuple):
+    """A specialisation: what ``jit`` compiles, and how it is started. Fields in capitals are macros of tile.cuh."""
+
+    file: str
+    name: str
+    shared_bytes: int
+    tiles: Tiles
+    BLOCK_D: int
+    BLOCK_DV: int
+    BF16: int
+    ALIGNED: int = 1
+    ROWS: int = 1
+    PAGE_SIZE: int = 0
+    MASK: int = 0
+    ALIBI: int = 0
+    SOFTCAP: int = 0
+    DROPOUT: int = 0
+    NEGATIVE: int = 0
+    GRADIENTS: int = 3  # 1 of values, 2 of keys
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {**self.tiles._asdict(), **{name: x for name, x in self._asdict().items() if name.isupper()}}
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.tiles.WARPS_M * self.tiles.WARPS_N
+
+
+# By kernel: for tiles of 64, 96, 128, 192 and 256 columns, the larger of D and Dv. A thread holds its part of the
+# scores and of the sums in at most 255 registers; "other" are calls that do more with a score than to scale it.
+_TILES = {
+    "forward": (Tiles(128, 128, 4), Tiles(128, 64, 4), Tiles(128, 64, 4), Tiles(128, 64, 8), Tiles(64, 64, 4)),
+    "forward, other": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
+    "decode": (Tiles(16, 64, 1, 4),) * 5,
+    "decode, other": (Tiles(16, 64, 1, 4),) * 5,
+    "tall decode": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
+    "tall decode, other": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
+    "dkdv": (
+        Tiles(64, 128, 1, 8),
+        Tiles(64, 128, 1, 8),
+        Tiles(32, 128, 1, 8),
+        Tiles(16, 64, 1, 4),
+        Tiles(16, 64, 1, 4),
+    ),
+    "dkdv, other": (
+        Tiles(32, 64, 1, 4),
+        Tiles(32, 64, 1, 4),
+        Tiles(32, 64, 1, 4),
+        Tiles(16, 64, 1, 4),
+        Tiles(16, 64, 1, 4),
+    ),
+    "dq": (Tiles(128, 32, 4), Tiles(128, 32, 4), Tiles(128, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4)),
+    "dq, other": (Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4)),
+    "dmask, other": (Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4), Tiles(64, 16, 4)),
+}
+_BY_ROW = Tiles(1, 1, 4)  # four warps, and no tiles
+
+
+@functools.cache
+def _loaded(kernel: Kernel, device: torch.device) -> Any:
+    code = gpu.cubin(kernel.file, kernel.defines, _arch(device))
+    return _native.CudaKernel(code, kernel.name, kernel.threads, kernel.shared_bytes)
+
+
+def _columns(head_dim: int) -> int:
+    return next(columns for columns in _COLUMNS if columns >= head_dim)
+
+
+def _kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
+    """The kernel of ``op``, for D and Dv."""
+    D, Dv = map(_columns, head_dims)
+    other = any(macros[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE"))
+    tiles = _TILES[f"{op}, other" if other else op][_COLUMNS.index(max(D, Dv))]
+    rows, keys = (2 * block * (D + Dv) for block in tiles[:2])  # bytes of query and grad_out, and of key and value
+    terms = 8 * tiles.BLOCK_M  # of lse and delta
+    name, shared = {
+        "dkdv": ("attention_bwd_dkdv", keys + 2 * (rows + terms)),
+        "dq": ("attention_bwd_dq", rows + terms + 2 * keys),
+        "dmask": ("attention_bwd_dmask", rows + terms + keys),
+    }.get(op, ("attention_fwd", 2 * tiles.BLOCK_M * D + keys))
+    return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------
+
+
+class Addresses(NamedTuple):
+    """The pointers of ``struct Params``, in their order; 0 is null."""
+
+    query: int = 0
+    key: int = 0
+    value: int = 0
+    out: int = 0
+    lse: int = 0
+    partial_out: int = 0
+    partial_lse: int = 0
+    mask: int = 0
+    alibi_slopes: int = 0
+    sinks: int = 0
+    q_offsets: int = 0
+    kv_lengths: int = 0
+    kv_starts: int = 0
+    block_table: int = 0
+    cu_seqlens_q: int = 0
+    cu_seqlens_k: int = 0
+    seed: int = 0
+    grad_out: int = 0
+    grad_lse: int = 0
+    delta: int = 0
+    grad_query: int = 0
+    grad_key: int = 0
+    grad_value: int = 0
+    grad_mask: int = 0
+
+
+@functools.cache
+def _numbers() -> dict[str, str]:
+    """The other fields of ``struct Params``, as params.cuh declares them, with their codes for ``struct.pack``."""
+    text = (jit.SOURCES / "params.cuh").read_text()
+    fields = re.findall(r"^  (.+?)(\w+);", text, re.MULTILINE)
+    pointers = tuple(name for kind, name in fields if "*" in kind)
+    assert pointers == Addresses._fields, f"params.cuh and Addresses differ: {pointers}"
+    return {
+        name: {"int64_t": "q", "int32_t": "i", "float": "f"}[kind.strip()] for kind, name in fields if "*" not in kind
+    }
+
+
+_pack_addresses = struct.Struct(f"={len(Addresses._fields)}Q").pack
+
+
+def _pack_numbers(numbers: dict[str, float]) -> bytes:
+    codes = _numbers()
+    unknown = numbers.keys() - codes.keys()
+    assert not unknown, f"params.cuh has no {unknown}"
+    return struct.pack("=" + "".join(codes.values()), *(numbers.get(name, 0) for name in codes))
+
+
+class Launch(NamedTuple):
+    """A kernel, and all that it is called with but addresses."""
+
+    kernel: Kernel
+    blocks: int
+    numbers: bytes
+
+    def run(self, addresses: Addresses, device: torch.device) -> None:
+        if self.blocks:
+            params = _pack_addresses(*addresses) + self.numbers
+            _loaded(self.kernel, device).launch(self.blocks, gpu.stream(device), params)
+
+
+def _strides(name: str, stride: Sequence[int]) -> dict[str, int]:
+    """Of batch, head and row of ``[B, H, L, D]``, or of packed ``[total, H, D]``."""
+    b, h, row = stride[:3] if len(stride) == 4 else (0, stride[1], stride[0])
+    return {f"{name}_b": b, f"{name}_h": h, f"{name}_l": row}
+
+
+def _meta(problem: Problem, name: str) -> TensorMeta | None:
+    return problem.tensors[AttentionTensors._fields.index(name)]
+
+
+def _common(problem: Problem, aligned: bool) -> tuple[dict[str, int], dict[str, Any]]:
+    """The macros, and the numbers by their names in params.cuh, that every kernel takes."""
+    spec, (query, key, value) = problem.spec, (problem.query, problem.key, problem.value)
+    mask, slopes, table = (_meta(problem, name) for name in ("attn_mask", "alibi_slopes", "block_table"))
+    mask_type = 0 if mask is None else {torch.bool: 1, query.dtype: 2, torch.float32: 3}[mask.dtype]
+    macros = {
+        "BF16": int(query.dtype == torch.bfloat16),
+        "ALIGNED": int(aligned),
+        "PAGE_SIZE": 0 if table is None else key.shape[2],
+        "MASK": mask_type,
+        "ALIBI": int(slopes is not None),
+        "SOFTCAP": int(spec.softcap > 0),
+        "DROPOUT": int(problem.has("dropout_seed")),
+        "NEGATIVE": int(spec.scale <= 0),
+    }
+    cu_seqlens = _meta(problem, "cu_seqlens_q")
+    packed = cu_seqlens is not None
+    numbers: dict[str, Any] = {
+        **_strides("query", query.stride),
+        **_strides("key", key.stride),
+        **_strides("value", value.stride),
+        "B": query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        "Hq": query.shape[1],
+        "Hkv": key.shape[1],
+        "Lq": 0 if packed else query.shape[2],
+        "Lk": 0 if packed else problem.key_length,
+        "D": query.shape[-1],
+        "Dv": value.shape[-1],
+        "total_q": query.shape[0] if packed else 0,
+        "total_k": key.shape[0] if packed else 0,
+        "num_pages": 0 if table is None else key.shape[0],
+        "bottom_right": int(spec.q_offset is None),
+        "q_offset": 0 if spec.q_offset is None else max(-_UNLIMITED, min(spec.q_offset, _UNLIMITED)),
+        "window_left": _UNLIMITED if spec.window_left is None else min(spec.window_left, _FARTHEST),
+        "window_right": _UNLIMITED if spec.window_right is None else min(spec.window_right, _FARTHEST),
+        "threshold": spec.dropout_threshold,
+        "scale": spec.scale / spec.softcap if spec.softcap else spec.scale * _LOG2E,
+        "softcap": spec.softcap * _LOG2E,
+        "keep_scale": 65536 / (65536 - spec.dropout_threshold) if spec.dropout_threshold < 65536 else 0.0,
+        "grad_scale": spec.scale,
+    }
+    shape = lse_shape_of(problem)
+    numbers |= {"lse_b": 0 if packed else shape[1] * shape[2], "lse_h": shape[-1], "num_rows": math.prod(shape)}
+    if mask is not None:
+        broadcast = torch.empty_strided(mask.shape, mask.stride, device="meta").expand(*shape, problem.key_length)
+        numbers |= dict(zip(("mask_b", "mask_h", "mask_q", "mask_k"), broadcast.stride(), strict=True))
+    if table is not None:
+        numbers |= {"table_b": table.stride[0], "table_p": table.stride[1]}
+    if slopes is not None and len(slopes.shape) == 2:
+        numbers["alibi_b"] = slopes.shape[1]
+    if (sinks := _meta(problem, "sinks")) is not None:
+        numbers["sinks_type"] = _TYPES[sinks.dtype]
+    for name, field in (("q_offset", "q_offsets"), ("kv_lengths", "kv_lengths"), ("kv_starts", "kv_starts")):
+        meta = _meta(problem, name)
+        numbers[f"{field}_are_64"] = int(meta is not None and meta.dtype == torch.int64)
+    return macros, numbers
+
+
+def lse_shape_of(problem: Problem) -> tuple[int, ...]:
+    shape = problem.query.shape
+    return (shape[1], shape[0]) if problem.packed else shape[:3]
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _addresses(t: AttentionTensors, out: Tensor, lse: Tensor) -> Addresses:
+    return Addresses(
+        query=t.query.data_ptr(),
+        key=t.key.data_ptr(),
+        value=t.value.data_ptr(),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        mask=_address(t.attn_mask),
+        alibi_slopes=_address(t.alibi_slopes),
+        sinks=_address(t.sinks),
+        q_offsets=_address(t.q_offset),
+        kv_lengths=_address(t.kv_lengths),
+        kv_starts=_address(t.kv_starts),
+        block_table=_address(t.block_table),
+        cu_seqlens_q=_address(t.cu_seqlens_q),
+        cu_seqlens_k=_address(t.cu_seqlens_k),
+        seed=_address(t.dropout_seed),
+    )
+
+
+_DENSE = ("alibi_slopes", "sinks", "q_offset", "kv_lengths", "kv_starts", "cu_seqlens_q", "cu_seqlens_k")
+
+
+def _with_dense_vectors(t: AttentionTensors) -> AttentionTensors:
+    """Small tensors without gaps: kernels know no strides of theirs."""
+    if t[4:] == (None,) * (len(t) - 4):
+        return t
+    return t._replace(**{name: x.contiguous() for name in _DENSE if (x := getattr(t, name)) is not None})
+
+
+# ---- what a call takes ---------------------------------------------------------------------------------------
+
+
+def unavailable() -> list[str]:
+    if _native is None:
+        return [f"the extension pyattn._native is missing ({_import_error})"]
+    return gpu.unavailable()
+
+
+def why_not(problem: Problem) -> list[str]:
+    reasons = []
+    query = problem.query
+    if query.device.type != gpu.device_type:
+        reasons.append(f"runs on GPU tensors, these are on {query.device.type}")
+    elif int(re.sub(r"\D", "", _arch(query.device))) < 80:
+        reasons.append(f"needs compute capability 8.0, this GPU is {_arch(query.device)}")
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"multiplies bfloat16 and float16, the input is {str(query.dtype).removeprefix('torch.')}")
+    for name, meta in (("D", query), ("Dv", problem.value)):
+        if not 1 <= meta.shape[-1] <= MAX_HEAD_DIM:
+            reasons.append(f"{name} must lie in [1, {MAX_HEAD_DIM}], it is {meta.shape[-1]}")
+    if max(problem.query_length, problem.key_length) >= MAX_LENGTH:
+        reasons.append(f"takes at most {MAX_LENGTH - 1} rows and keys")
+    if problem.op == "backward" and problem.has("block_table"):
+        reasons.append("has no gradient of paged keys")
+    return reasons
+
+
+def _decode_rows(spec: AttentionSpec, query: Any, key: Any, packed: bool) -> int | None:
+    """Rows of a tile that holds all queries of a key head, if there are few enough for the keys to be split."""
+    queries = spec.max_seqlen_q if packed else query.shape[2]
+    if queries is None:
+        return None  # nobody has said, and to look would be to wait for the GPU
+    rows = queries * (query.shape[1] // max(key.shape[1], 1))
+    return rows if rows <= DECODE_ROWS else None
+
+
+def _slots(x: TensorMeta, cu_seqlens: TensorMeta | None, rows: int, block: int) -> dict[str, int]:
+    """How many tiles of ``block`` rows a sample of ``x`` has, and how many slots for tiles the batch: see ``tile_of``.
+
+    ``rows`` is the number of rows of each token.
+    """
+    if cu_seqlens is not None:
+        return {"tiles": 0, "slots": x.shape[0] * rows // block + cu_seqlens.shape[0] - 1}
+    tiles = -(-x.shape[2] * rows // block)
+    return {"tiles": tiles, "slots": tiles * x.shape[0]}
+
+
+def _aligned(problem: Problem, *addresses: int) -> bool:
+    """Whether all rows of query, key and value can be copied by 16 bytes."""
+    metas = (problem.query, problem.key, problem.value)
+    sizes = [x for meta in metas for x in (meta.shape[-1], *meta.stride[:-1])]
+    return not any(x % 8 for x in sizes) and not any(address % 16 for address in addresses)
+
+
+# ---- forward -------------------------------------------------------------------------------------------------
+
+
+class ForwardPlan(NamedTuple):
+    """One kind of call: all but its addresses."""
+
+    launches: tuple[Launch, ...]
+    num_splits: int  # parts of the keys
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_plan(problem: Problem, out_stride: tuple[int, ...], aligned: bool) -> ForwardPlan:
+    spec, query, key = problem.spec, problem.query, problem.key
+    macros, numbers = _common(problem, aligned)
+    numbers |= _strides("out", out_stride)
+    Dv, Hq = problem.value.shape[-1], query.shape[1]
+    rows = _decode_rows(spec, query, key, problem.packed)
+    num_splits = 1
+    if rows is None:
+        kind = "forward"
+    else:
+        kind = "decode" if rows <= 16 else "tall decode"
+        macros["ROWS"] = Hq // max(key.shape[1], 1) or 1
+        max_keys = problem.key_length
+        if problem.packed and spec.max_seqlen_k is not None:
+            max_keys = spec.max_seqlen_k
+        num_splits = max(-(-max_keys // SPLIT), 1)
+    kernel = _kernel(kind, (query.shape[-1], Dv), macros)
+    numbers |= _slots(query, _meta(problem, "cu_seqlens_q"), kernel.ROWS, kernel.tiles.BLOCK_M)
+    numbers |= {"num_splits": num_splits, "split": SPLIT}
+    blocks = numbers["slots"] * (Hq // kernel.ROWS) * num_splits
+    launches = [Launch(kernel, blocks, _pack_numbers(numbers))]
+    if num_splits > 1:
+        numbers["Lq"] = lse_shape_of(problem)[-1]
+        columns = _columns(Dv)
+        combine = Kernel("attention_decode.cuh", "attention_combine", 16 * (columns + 1), _BY_ROW, 64, columns,
+                         macros["BF16"])  # fmt: skip
+        launches.append(Launch(combine, numbers["num_rows"], _pack_numbers(numbers)))
+    return ForwardPlan(tuple(launches), num_splits)
+
+
+def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
+    t = _with_dense_vectors(t)
+    out = empty_output(t.query, t.value.shape[-1])
+    lse = t.query.new_empty(lse_shape(t.query), dtype=torch.float32)
+    addresses = _addresses(t, out, lse)
+    problem = Problem.of("forward", spec, t)
+    plan = forward_plan(problem, out.stride(), _aligned(problem, *addresses[:3]))
+    if plan.num_splits > 1:
+        partial_lse = lse.new_empty((plan.num_splits, *lse.shape))
+        partial_out = lse.new_empty((*partial_lse.shape, out.shape[-1]))
+        addresses = addresses._replace(partial_out=partial_out.data_ptr(), partial_lse=partial_lse.data_ptr())
+    _run(plan.launches, addresses, t.query.device)
+    return out, lse
+
+
+def _run(launches: Sequence[Launch], addresses: Addresses, device: torch.device) -> None:
+    """On the current stream of the tensors' device."""
+    with gpu.guard(device):
+        for launch in launches:
+            launch.run(addresses, device)
+
+
+# ---- backward ------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_plan(
+    problem: Problem,
+    strides: tuple[tuple[int, ...], ...],  # of out, grad_out, grad_query, grad_key, grad_value
+    mask_sizes: tuple[int, int, int, int] | None,  # of the mask whose gradient is asked for
+    aligned: bool,
+) -> tuple[Launch, ...]:
+    """One kind of call: all but its addresses."""
+    query, key = problem.query, problem.key
+    macros, numbers = _common(problem, aligned)
+    for name, stride in zip(("out", "grad_out", "grad_query", "grad_key", "grad_value"), strides, strict=True):
+        numbers |= _strides(name, stride)
+    head_dims = (query.shape[-1], problem.value.shape[-1])
+
+    def launch(kernel: Kernel, blocks: int, more: dict[str, int]) -> Launch:
+        return Launch(kernel, blocks, _pack_numbers(numbers | more))
+
+    preprocess = Kernel("attention_bwd_preprocess.cuh", "attention_bwd_preprocess", 0, _BY_ROW, 64, 64, macros["BF16"])
+    launches = [launch(preprocess, -(-numbers["num_rows"] // 4), {"Lq": lse_shape_of(problem)[-1]})]
+    dkdv = _kernel("dkdv", head_dims, macros)
+    slots = _slots(key, _meta(problem, "cu_seqlens_k"), 1, dkdv.tiles.BLOCK_N)
+    # Beyond 192 columns the sums of both do not fit a thread's registers.
+    for gradients in (1, 2) if max(dkdv.BLOCK_D, dkdv.BLOCK_DV) > 192 else (3,):
+        launches.append(launch(dkdv._replace(GRADIENTS=gradients), slots["slots"] * key.shape[1], slots))
+    dq = _kernel("dq", head_dims, macros)
+    slots = _slots(query, _meta(problem, "cu_seqlens_q"), 1, dq.tiles.BLOCK_M)
+    launches.append(launch(dq, slots["slots"] * query.shape[1], slots))
+    if mask_sizes is not None:
+        dmask = _kernel("dmask", head_dims, macros)
+        B, H, Lq, Lk = mask_sizes
+        blocks = B * H * -(-Lq // dmask.tiles.BLOCK_M) * -(-Lk // dmask.tiles.BLOCK_N)
+        launches.append(launch(dmask, blocks, {"mask_B": B, "mask_H": H, "mask_Lq": Lq, "mask_Lk": Lk}))
+    return tuple(launches)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of query, key, value, attn_mask, sinks
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def backward(
+    spec: AttentionSpec,
+    t: AttentionTensors,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needs_mask_grad: bool,
+) -> Gradients:
+    t = _with_dense_vectors(t)
+    out, grad_out, lse = _dense_rows(out), _dense_rows(grad_out), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    delta = torch.empty_like(lse)
+    grads = torch.empty_like(t.query), torch.empty_like(t.key), torch.empty_like(t.value)
+    grad_mask, mask_sizes = None, None
+    if needs_mask_grad:
+        assert t.attn_mask is not None
+        grad_mask = t.attn_mask.new_empty(t.attn_mask.shape)
+        mask_sizes = ((1,) * (4 - grad_mask.dim()) + tuple(grad_mask.shape))[:4]
+    addresses = _addresses(t, out, lse)._replace(
+        grad_out=grad_out.data_ptr(),
+        grad_lse=_address(grad_lse),
+        delta=delta.data_ptr(),
+        grad_query=grads[0].data_ptr(),
+        grad_key=grads[1].data_ptr(),
+        grad_value=grads[2].data_ptr(),
+        grad_mask=_address(grad_mask),
+    )
+    problem = Problem.of("backward", spec, t)
+    strides = tuple(x.stride() for x in (out, grad_out, *grads))
+    aligned = _aligned(problem, *addresses[:3], addresses.grad_out) and not any(x % 8 for x in grad_out.stride()[:-1])
+    _run(backward_plan(problem, strides, mask_sizes, aligned), addresses, t.query.device)
+    return *grads, grad_mask, None if t.sinks is None else sink_gradient(t.sinks, lse, delta)
+
+
+# ---- explain -------------------------------------------------------------------------------------------------
+
+
+def describe(problem: Problem) -> str:
+    head_dims = (problem.query.shape[-1], problem.value.shape[-1])
+    macros, _ = _common(problem, _aligned(problem))
+    arch = _arch(problem.query.device)
+    if problem.op == "backward":
+        tiles = [_kernel(op, head_dims, macros).tiles for op in ("dkdv", "dq")]
+        return f"{arch}, keys: {tiles[0]}; queries: {tiles[1]}"
+    plan = forward_plan(problem, problem.query.stride, _aligned(problem))
+    parts = "" if plan.num_splits == 1 else f"{plan.num_splits} parts of {SPLIT} keys, "
+    return f"{arch}, {parts}{plan.launches[0].kernel.tiles}"

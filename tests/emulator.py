@@ -1,0 +1,155 @@
+"""A GPU that is not there: builds the kernels of csrc/cuda for csrc/emulator, and gives them to the backend.
+
+A library holds one kernel file with one shape of tiles; whatever else is a macro on a GPU is a variable there, so a few
+libraries serve every specialisation. They are kept in build/emulator, by a hash of their sources.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from pyattn import dispatch, jit
+from pyattn.backends import cuda
+
+ROOT = Path(__file__).parent.parent
+EMULATOR = ROOT / "csrc" / "emulator"
+BUILD = ROOT / "build" / "emulator"
+SHAPES = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "WARPS_M", "WARPS_N")  # sizes of arrays
+FLAGS = ("BF16", "ALIGNED", "ROWS", "PAGE_SIZE", "MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE", "GRADIENTS")
+# Without GNU's unique symbols: each library has its own machine.
+COMPILE = "-std=c++17 -O2 -g -shared -fPIC -fno-gnu-unique -fvisibility=hidden -fno-math-errno -Wno-unknown-pragmas"
+
+ENTRY = """
+#include "{emulator}/prim.h"
+namespace {{ int {flags}; }}
+{macros}
+#include "{file}"
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT const char* emulator_kernel() {{ return "{name}"; }}
+EXPORT bool emulator_set_flag(const std::string& name, int value) {{
+{setters}
+  return false;
+}}
+EXPORT const char* emulator_run(const void* params, int64_t blocks, int threads, size_t shared, bool racing,
+                                uint32_t seed) {{
+  return emulator::run(emulated_kernel, params, blocks, threads, shared, racing, seed);
+}}
+"""
+
+
+def supported() -> bool:
+    return platform.machine() == "x86_64"
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _texts(folder: Path) -> list[tuple[str, str]]:
+    return [(path.name, path.read_text()) for path in sorted(folder.iterdir()) if path.suffix in (".cuh", ".h", ".cpp")]
+
+
+def _build(path: Path, source: str, options: str) -> Path:
+    """Compiles ``source``, unless the library is there; several processes may do so at once."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            text, library = Path(folder, "entry.cpp"), Path(folder, "entry.so")
+            text.write_text(source)
+            command = [os.environ.get("CXX", "g++"), *options.split(), str(text), "-o", str(library), "-ldl"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert not done.returncode, done.stderr
+            os.replace(library, path)
+    return path
+
+
+def driver() -> Path:
+    source = f'#include "{EMULATOR / "driver.cpp"}"\n'
+    return _build(BUILD / f"libcuda-{_hash(_texts(EMULATOR))}.so", source, COMPILE.replace("-fvisibility=hidden", ""))
+
+
+def library(file: str, name: str, defines: jit.Defines, sources: Path) -> Path:
+    """The emulated kernel of a file in ``sources``, with the tiles of ``defines``."""
+    macros = [f"#define {shape} {defines[shape]}" for shape in SHAPES] + [f"#define {x} flag_{x}" for x in FLAGS]
+    setters = [f'  if (name == "{x}") return flag_{x} = value, true;' for x in FLAGS]
+    source = ENTRY.format(
+        emulator=EMULATOR,
+        flags=", ".join(f"flag_{x}" for x in FLAGS),
+        macros="\n".join(macros),
+        file=sources / file,
+        name=name,
+        setters="\n".join(setters),
+    )
+    key = _hash(ENTRY, COMPILE, file, macros, _texts(EMULATOR), _texts(sources))
+    return _build(BUILD / f"{Path(file).stem}-{key}.so", source, COMPILE)
+
+
+class Emulator(cuda.Gpu):
+    """The backend's GPU, on the CPU; ``sources`` are the kernels."""
+
+    device_type = "cpu"
+
+    def __init__(self, sources: Path = ROOT / "csrc" / "cuda") -> None:
+        self.sources = sources
+        self._driver = ctypes.CDLL(str(driver()))
+        cuda._native.cuda_open(str(driver()))
+
+    def configure(self, racing: bool, seed: int = 0) -> None:
+        self._driver.emulator_configure(ctypes.c_bool(racing), ctypes.c_uint32(seed))
+
+    def launches(self) -> int:
+        """Since ``configure``."""
+        return self._driver.emulator_launches()
+
+    def unavailable(self) -> list[str]:
+        return []
+
+    def arch(self, device: torch.device) -> str:
+        return "sm_80"
+
+    def cubin(self, file: str, defines: jit.Defines, arch: str) -> bytes:
+        name = next(line for line in (self.sources / file).read_text().splitlines() if line.startswith("KERNEL("))
+        path = library(file, name.removeprefix("KERNEL(").split(")")[0], defines, self.sources)
+        return "\n".join([str(path), *(f"{flag} {defines[flag]}" for flag in FLAGS)]).encode()
+
+    def stream(self, device: torch.device) -> int:
+        return 0
+
+    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+CACHES = (
+    cuda._arch,
+    cuda._loaded,
+    cuda.forward_plan,
+    cuda.backward_plan,
+    dispatch.why_not,
+    dispatch.choose,
+    dispatch.select,
+)
+
+
+@contextlib.contextmanager
+def installed(emulator: Emulator) -> Iterator[Emulator]:
+    """The CUDA backend runs on the emulator within a ``with`` block."""
+    before = cuda.gpu
+    cuda.gpu = emulator
+    for cached in CACHES:
+        cached.cache_clear()
+    try:
+        yield emulator
+    finally:
+        cuda.gpu = before
+        for cached in CACHES:
+            cached.cache_clear()
