@@ -14,14 +14,13 @@ import concurrent.futures
 import itertools
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import sass
 import store
 import torch
 import triton
@@ -46,8 +45,7 @@ KERNELS = ("forward", "preprocess", "dkdv", "dq", "dmask", "decode", "combine")
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 128, 256)
 MASKS = ("full", "causal", "masked")
-INSTRUCTIONS = {"cuda": ("HMMA", "HGMMA", "UTCHMMA", "LDL", "STL"), "hip": ("v_mfma",)}
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 
 
 class Entry(NamedTuple):
@@ -168,21 +166,11 @@ def figures(kernel: Any, arch: str) -> dict[str, int]:
             for word in ("vgpr_count", "vgpr_spill_count")  # scalar registers are spilled to these, not to memory
         )
         return {"registers": registers, "spills": spills, **shared, "v_mfma": text.count("v_mfma_")}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        assembly = _tool("nvdisasm", "-c", file.name)
-    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-    counts = {word: len(re.findall(rf"\b{word}\b", assembly)) for word in INSTRUCTIONS["cuda"]}
-    loads = {"wide_loads": len(re.findall(r"\b(?:LDG\.E|LDGSTS\.E(?:\.BYPASS)?(?:\.LTC128B)?)\.128", assembly))}
-    loads["narrow_loads"] = len(re.findall(r"\bLDG(?:STS)?\.E", assembly)) - loads["wide_loads"]
-    spills = counts.pop("LDL") + counts.pop("STL")
-    return {"registers": registers, "spills": spills, **shared, **counts, **loads}
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+    code = sass.disassemble(kernel.asm["cubin"])
+    counts = {name: code.count(name) for name in MATRIX_INSTRUCTIONS}
+    wide = code.count("LDG", "LDGSTS", part="128")
+    loads = {"wide_loads": wide, "narrow_loads": code.count("LDG", "LDGSTS") - wide}
+    return {"registers": code.registers, "spills": code.spills, **shared, **counts, **loads}
 
 
 def measure(entry: Entry) -> dict[str, Any]:

@@ -26,6 +26,10 @@ class CompileError(RuntimeError):
     """NVRTC refused a specialisation; the message has its log."""
 
 
+class CacheWarning(RuntimeWarning):
+    """What is compiled cannot be kept."""
+
+
 @functools.cache
 def unavailable() -> list[str]:
     """Reasons why nothing can be compiled here."""
@@ -41,6 +45,12 @@ def nvrtc_version() -> tuple[int, int]:
     """Major and minor version of the library that is loaded; it does not tell its patch level."""
     major, minor = _call("nvrtcVersion")
     return major, minor
+
+
+def nvrtc_archs() -> list[int]:
+    """The compute capabilities that it makes code for, such as 80 and 90."""
+    (archs,) = _call("nvrtcGetSupportedArchs")
+    return list(archs)
 
 
 def compile(file: str, defines: Defines, arch: str) -> bytes:
@@ -65,6 +75,12 @@ def compile_with_log(file: str, defines: Defines, arch: str) -> tuple[bytes, str
         return _fetch("nvrtcGetCUBIN", program), _log(program)
     finally:
         _call("nvrtcDestroyProgram", program)
+
+
+def kept(file: str, defines: Defines, arch: str) -> bool:
+    """Whether ``cubin`` finds it in the cache."""
+    folder = _folder()
+    return folder is not None and _read(folder / _key(file, defines, arch)) is not None
 
 
 def cubin(file: str, defines: Defines, arch: str) -> bytes:
@@ -126,13 +142,18 @@ def _key(file: str, defines: Defines, arch: str) -> str:
 
 @functools.cache  # once for each reason
 def _warn(reason: str) -> None:
-    warnings.warn(f"CUDA kernels are compiled anew in every process: {reason}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"CUDA kernels are compiled anew in every process: {reason}", CacheWarning, stacklevel=3)
+
+
+def cache_folder() -> Path:
+    """Where the cache is; "~" stands for a home."""
+    root = os.environ.get("PYATTN_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pyattn")
+    return Path(root, "cuda")
 
 
 def _folder() -> Path | None:
     """The folder of the cache, made if it is missing; ``None`` where code from it could be somebody else's."""
-    root = os.environ.get("PYATTN_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pyattn")
-    folder = Path(root, "cuda")
+    folder = cache_folder()
     try:
         folder = folder.expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -27,10 +29,10 @@ BUILD = ROOT / "build" / "emulator"
 SHAPES = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "WARPS_M", "WARPS_N")  # sizes of arrays
 FLAGS = ("BF16", "ALIGNED", "ROWS", "PAGE_SIZE", "MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE", "GRADIENTS")
 # Without GNU's unique symbols: each library has its own machine.
-COMPILE = "-std=c++17 -O2 -g -shared -fPIC -fno-gnu-unique -fvisibility=hidden -fno-math-errno -Wno-unknown-pragmas"
+COMPILE = "-std=c++17 -O1 -shared -fPIC -fno-gnu-unique -fvisibility=hidden -fno-math-errno -Wno-unknown-pragmas"
 
 ENTRY = """
-#include "{emulator}/prim.h"
+#include "emulator/prim.h"
 namespace {{ int {flags}; }}
 {macros}
 #include "{file}"
@@ -45,6 +47,10 @@ EXPORT const char* emulator_run(const void* params, int64_t blocks, int threads,
   return emulator::run(emulated_kernel, params, blocks, threads, shared, racing, seed);
 }}
 """
+
+
+class BuildError(Exception):
+    """The compiler refused a kernel."""
 
 
 def supported() -> bool:
@@ -66,15 +72,17 @@ def _build(path: Path, source: str, options: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             text, library = Path(folder, "entry.cpp"), Path(folder, "entry.so")
             text.write_text(source)
-            command = [os.environ.get("CXX", "g++"), *options.split(), str(text), "-o", str(library), "-ldl"]
+            files = [f"-I{EMULATOR.parent}", str(text), "-o", str(library), "-ldl"]
+            command = [os.environ.get("CXX", "g++"), *options.split(), *files]
             done = subprocess.run(command, capture_output=True, text=True)
-            assert not done.returncode, done.stderr
+            if done.returncode:
+                raise BuildError(done.stderr)
             os.replace(library, path)
     return path
 
 
 def driver() -> Path:
-    source = f'#include "{EMULATOR / "driver.cpp"}"\n'
+    source = '#include "emulator/driver.cpp"\n'
     return _build(BUILD / f"libcuda-{_hash(_texts(EMULATOR))}.so", source, COMPILE.replace("-fvisibility=hidden", ""))
 
 
@@ -83,7 +91,6 @@ def library(file: str, name: str, defines: jit.Defines, sources: Path) -> Path:
     macros = [f"#define {shape} {defines[shape]}" for shape in SHAPES] + [f"#define {x} flag_{x}" for x in FLAGS]
     setters = [f'  if (name == "{x}") return flag_{x} = value, true;' for x in FLAGS]
     source = ENTRY.format(
-        emulator=EMULATOR,
         flags=", ".join(f"flag_{x}" for x in FLAGS),
         macros="\n".join(macros),
         file=sources / file,
@@ -129,27 +136,25 @@ class Emulator(cuda.Gpu):
         return contextlib.nullcontext()
 
 
-CACHES = (
-    cuda._arch,
-    cuda._loaded,
-    cuda.forward_plan,
-    cuda.backward_plan,
-    dispatch.why_not,
-    dispatch.choose,
-    dispatch.select,
-)
+CACHES = (cuda._arch, cuda._loaded, dispatch.why_not, dispatch.choose, dispatch.select)
+PLANS = (cuda.forward_plan, cuda.backward_plan)
 
 
 @contextlib.contextmanager
-def installed(emulator: Emulator) -> Iterator[Emulator]:
-    """The CUDA backend runs on the emulator within a ``with`` block."""
-    before = cuda.gpu
-    cuda.gpu = emulator
-    for cached in CACHES:
+def cleared(caches: tuple[Any, ...] = PLANS) -> Iterator[None]:
+    """What is cached outside a ``with`` block does not count inside, nor the other way round."""
+    for cached in caches:
         cached.cache_clear()
     try:
-        yield emulator
+        yield
     finally:
-        cuda.gpu = before
-        for cached in CACHES:
+        for cached in caches:
             cached.cache_clear()
+
+
+@contextlib.contextmanager
+def installed(sources: Path = ROOT / "csrc" / "cuda") -> Iterator[Emulator]:
+    """The CUDA backend runs kernels from ``sources`` on the emulator within a ``with`` block."""
+    emulator = Emulator(sources)
+    with cleared(CACHES + PLANS), mock.patch.object(cuda, "gpu", emulator):
+        yield emulator

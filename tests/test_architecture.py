@@ -34,6 +34,7 @@ LEVELS = {
     "models": 7,
     "integrations": 7,
     "compare": 8,
+    "precompile": 8,
     "cli": 9,
 }
 STANDALONE = {"spec": {"torch"}, "reference": {"torch", "pyattn"}, "kernels": {"torch", "triton", "pyattn"}}

@@ -6,7 +6,7 @@
 #pragma once
 
 #ifndef __CUDACC_RTC__
-#include "../emulator/prim.h"
+#include "emulator/prim.h"
 #else
 
 typedef signed char int8_t;

@@ -1,0 +1,80 @@
+"""The CUDA backend's usual kernels, compiled before they are needed, on any machine: no GPU takes part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from pyattn import jit
+from pyattn.backends import cuda
+from pyattn.backends.cuda import Kernel
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output
+
+GROUPS = (1, 4, 8)  # query heads to a key head: kernels of decode are made for one number, others take any
+CONTENTS = (
+    f"Forward and backward; decode, with the sum of its parts, for {', '.join(map(str, GROUPS))} query heads to a key "
+    "head. Causal masks, windows, lengths, offsets, packed sequences and sinks need no kernels of their own."
+)
+REST = (
+    "Other calls compile at first use: other head dims, page sizes or numbers of heads; masks, ALiBi, softcap, dropout "
+    "and scales that are not positive; rows that cannot be copied by 16 bytes."
+)
+
+
+def archs() -> list[str]:
+    """What can be compiled for, by the names of ``cuda.Gpu.arch``."""
+    return [f"sm_{x}{'a' if x >= 90 else ''}" for x in jit.nvrtc_archs() if x >= 80]
+
+
+def kernels(
+    dtypes: Iterable[torch.dtype], head_dims: Iterable[tuple[int, int]], page_sizes: Iterable[int] = ()
+) -> list[Kernel]:
+    """Those of ``CONTENTS``, for each dtype and each (D, Dv); those of the forward for each page size, too."""
+    found: dict[Kernel, None] = {}
+    for dtype, (D, Dv), page_size, group in product(dtypes, head_dims, (0, *page_sizes), GROUPS):
+        for queries in (1, cuda.DECODE_ROWS // group, cuda.DECODE_ROWS + 1):  # decode, tall decode, forward
+            found |= dict.fromkeys(_kernels(dtype, D, Dv, group, queries, page_size))
+    return list(found)
+
+
+def _kernels(dtype: torch.dtype, D: int, Dv: int, group: int, queries: int, page_size: int) -> list[Kernel]:
+    """Of one call with dense tensors."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    keys = cuda.SPLIT + 1  # of more than one part: decode has results to add up
+    query = empty(1, group, queries, D)
+    pages = {"block_table": empty(1, keys, dtype=torch.int32), "kv_lengths": empty(1, dtype=torch.int32)}
+    key, value = (empty(1, 1, page_size or keys, columns) for columns in (D, Dv))
+    spec, tensors = AttentionSpec(scale=1), AttentionTensors(query, key, value, **(pages if page_size else {}))
+    aligned, out_stride = D % 8 == Dv % 8 == 0, empty_output(query, Dv).stride()
+    launches = list(cuda.forward_plan(Problem.of("forward", spec, tensors), out_stride, aligned).launches)
+    if not page_size:
+        strides = (out_stride, out_stride, query.stride(), key.stride(), value.stride())
+        launches += cuda.backward_plan(Problem.of("backward", spec, tensors), strides, None, aligned)
+    return [launch.kernel for launch in launches]
+
+
+def describe(kernel: Kernel) -> str:
+    """Its name, and the macros that are not as they usually are."""
+    usual = Kernel._field_defaults
+    return " ".join([kernel.name, *(f"{name}={x}" for name, x in kernel.defines.items() if x != usual.get(name))])
+
+
+def fill(work: Iterable[tuple[Kernel, str]], jobs: int) -> Iterator[tuple[Kernel, str, float]]:
+    """Compiles kernels for architectures into the cache; yields each, in order, with the seconds that it took."""
+
+    def compile_one(item: tuple[Kernel, str]) -> tuple[Kernel, str, float]:
+        kernel, arch = item
+        start = time.perf_counter()
+        jit.cubin(kernel.file, kernel.defines, arch)
+        return kernel, arch, time.perf_counter() - start
+
+    with ThreadPoolExecutor(jobs) as pool:  # while NVRTC compiles, it holds no lock of Python's nor of its own
+        yield from pool.map(compile_one, work)

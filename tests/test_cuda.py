@@ -1,0 +1,276 @@
+"""The CUDA backend: on a GPU if there is one (``pytest -m gpu``), otherwise on the emulator.
+
+The emulator watches every word of shared memory, so a missing wait or barrier fails whatever the order of threads; its
+modes change that order all the same: copies that land late, and warps that race ahead.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import itertools
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import emulator
+import pytest
+import torch
+from gpu_kernels import DEVICE, GPU, MAX_HEAD_DIM, ON_GPU, Kernels, assert_same_bits
+
+import pyattn
+from pyattn import dispatch, jit
+from pyattn.backends import cuda
+from pyattn.testing import CASES, OUTPUTS, Case, make_inputs
+
+if not ON_GPU and not emulator.supported():
+    pytest.skip("the emulator runs on x86-64", allow_module_level=True)
+pytestmark = GPU
+on_emulator = pytest.mark.skipif(ON_GPU, reason="looks at what the emulator sees")
+TYPES = (torch.bfloat16, torch.float16)
+BY_NAME = {case.name: case for case in CASES}
+COMPUTED = [case for case in CASES if max(case.D, case.Dv or 0) <= MAX_HEAD_DIM]
+
+
+def check(case, dtype):
+    Kernels("cuda", dtype).check(case)
+
+
+def kernels_of(case):
+    """Those that a case asks for."""
+    kwargs = make_inputs(case, torch.bfloat16, requires_grad=case.differentiable)
+    problem = pyattn.explain(**kwargs).problem
+    launches = list(cuda.forward_plan(problem, problem.query.stride, True).launches)
+    if case.differentiable:
+        sizes = (1, 1, 1, 1) if case.mask and case.mask.startswith("float") else None
+        strides = tuple(x.stride for x in (problem.query, problem.query, *problem.tensors[:3]))
+        launches += cuda.backward_plan(problem._replace(op="backward"), strides, sizes, True)
+    return {launch.kernel for launch in launches}
+
+
+@pytest.fixture(scope="session")
+def libraries():
+    """All kernels that the cases need, compiled on every core."""
+    if ON_GPU:
+        return
+    with emulator.installed() as gpu:
+        kernels = set().union(*(kernels_of(case) for case in COMPUTED))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda kernel: gpu.cubin(kernel.file, kernel.defines, "sm_80"), kernels))
+
+
+@pytest.fixture(params=[False, True], ids=["late", "racing"])
+def racing(request):
+    return request.param
+
+
+@pytest.fixture
+def at_work(libraries):
+    with Kernels("cuda", torch.bfloat16).at_work(small_tiles=False):
+        yield
+
+
+def configure(racing):
+    if not ON_GPU:
+        cuda.gpu.configure(racing, seed=1)
+
+
+# ---- conformance -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])
+def test_case(index, at_work):
+    """Each case in one type and one mode: neighbours differ in both."""
+    configure(racing=bool(index // 2 % 2))
+    check(CASES[index], TYPES[index % 2])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_every_case(case, dtype, racing, at_work):
+    configure(racing)
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [2, 65, 97, 160, 200, 256])
+def test_head_dims(head_dim, at_work):
+    """Those that are padded, and rows that cannot be copied by 16 bytes."""
+    case = Case("head dim", B=1, Hq=2, Hkv=1, Lq=40, Lk=150, D=head_dim, Dv=head_dim - 1, causal=True)
+    check(case, torch.float16)
+
+
+def test_every_case_up_to_head_dim_256_is_computed(at_work):
+    for case in CASES:
+        kwargs = make_inputs(case, torch.bfloat16, DEVICE, requires_grad=case.differentiable)
+        problem = pyattn.explain(**kwargs).problem
+        for op in ("forward", "backward") if case.differentiable else ("forward",):
+            assert bool(dispatch.why_not(problem._replace(op=op), "cuda")) == (case not in COMPUTED), case.name
+
+
+def test_unaligned_addresses(at_work):
+    """A view that begins in the middle of 16 bytes is copied element by element, and gives the same bits."""
+    case = Case("unaligned", B=1, Hq=2, Hkv=1, Lq=70, Lk=140, D=64, causal=True)
+    kwargs = make_inputs(case, torch.bfloat16, DEVICE, requires_grad=True)
+    moved = dict(kwargs)
+    for name in ("query", "key", "value"):
+        x = kwargs[name].detach()
+        moved[name] = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape).requires_grad_()
+        assert moved[name].data_ptr() % 16
+    kernels = Kernels("cuda", torch.bfloat16)
+    assert_same_bits(kernels.results(moved, OUTPUTS), kernels.results(kwargs, OUTPUTS))
+
+
+@on_emulator
+def test_modes_do_not_change_the_bits(at_work):
+    kwargs = make_inputs(BY_NAME["tiles, gqa"], torch.bfloat16, requires_grad=True)
+    found = []
+    for racing, seed in ((False, 0), (True, 1), (True, 2)):
+        cuda.gpu.configure(racing, seed)
+        found.append(Kernels("cuda", torch.bfloat16).results(kwargs, OUTPUTS))
+    assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
+
+
+# ---- mutants -----------------------------------------------------------------------------------------------
+
+FIRST_WAIT = "prim::copy_wait<0>();\n    prim::sync();  // the keys are there"
+SECOND_SYNC = "prim::sync();  // the values are there"
+DKDV_SYNC = "prim::sync();  // this tile is there"
+# What is changed: file, old text, new text; the case that sees it, and what is said: by the emulator, or of a number.
+RACE, NUMBER = r"shared word|under way|different banks", r"error|differ|infinite|NaN"
+MUTANTS = {
+    "missing wait": ("attention_fwd.cuh", FIRST_WAIT, FIRST_WAIT.partition("\n")[2], "gqa", RACE),
+    "missing barrier": ("attention_fwd.cuh", "prim::sync();  // the keys are there", "//", "gqa", RACE),
+    "missing release": ("attention_fwd.cuh", SECOND_SYNC, "//", "gqa", RACE),
+    "missing release, backward": ("attention_bwd_dkdv.cuh", DKDV_SYNC, "//", "tiles, gqa", RACE),
+    "late release": ("attention_bwd_dq.cuh", "(i + 1) % 2 * Stage::BYTES", "i % 2 * Stage::BYTES",
+        "tiles, gqa", RACE),
+    "missing commit": ("attention_fwd.cuh", "(tiles.begin + n); });\n  prim::copy_commit();", "(tiles.begin + n); });",
+        "gqa", RACE),
+    "missing barrier, merge": ("attention_fwd.cuh", "prim::sync();  // the tiles are no longer needed", "",
+        "decode", RACE),
+    "conflicting banks": ("tile.cuh", "? row & 7 :", "? row & 3 :", "gqa", RACE),
+    "wrong swizzle": ("tile.cuh", "((cols % PANEL * 2) ^ twist)", "((cols % PANEL * 2) + twist)",
+        "gqa", f"{RACE}|{NUMBER}|beyond"),
+    "missing shuffle": ("attention_fwd.cuh", "top = fmaxf(top, prim::shuffle_xor(top, 2));", "", "gqa", NUMBER),
+    "missing rescale": ("attention_fwd.cuh", "out.x[m][d][2 * half] *= alpha, out.x[m][d][2 * half + 1] *= alpha", "",
+        "tiles, gqa", NUMBER),
+    "sum not rescaled": ("attention_fwd.cuh", "rows.sum[m][half] * alpha + sum", "rows.sum[m][half] + sum",
+        "tiles, gqa", NUMBER),
+    "mask off by one": ("attention_fwd.cuh", "k >= range.hi", "k > range.hi", "padding right", NUMBER),
+    "window off by one": ("tile.cuh", "offset - smaller(p.window_left", "offset + 1 - smaller(p.window_left",
+        "window, both sides", NUMBER),
+    "dropped tile": ("attention_fwd.cuh", "first_key < tiles.end; first_key += BLOCK_N",
+        "first_key + BLOCK_N < tiles.end; first_key += BLOCK_N", "tiles, gqa", NUMBER),
+    "part forgotten": ("attention_decode.cuh", "split += WARPS", "split += WARPS + 1", "decode", NUMBER),
+    "warp forgotten": ("attention_fwd.cuh", "other < WARPS_N - 1", "other < WARPS_N - 2", "decode", NUMBER),
+    "page off by one": ("tile.cuh", "n % size * stride_l", "(n + 1) % size * stride_l", "paged", NUMBER),
+    "wrong philox block": ("attention_bwd_dkdv.cuh", "first_key / 8 + lane() / 16", "first_key / 8",
+        "tiles, dropout", NUMBER),
+    "no gradient of lse": ("attention_bwd_preprocess.cuh", "sum - (p.grad_lse ? p.grad_lse[i_row] : 0)", "sum",
+        "gqa", NUMBER),
+    "group's other heads": ("attention_bwd_dkdv.cuh", "num_tiles = per_head * group", "num_tiles = per_head",
+        "gqa", NUMBER),
+    "no derivative of softcap": ("gradient.cuh", "biased * score.derivative", "biased", "softcap", NUMBER),
+    "mask's samples": ("attention_bwd_dmask.cuh", "if (mask_size != size)", "if (mask_size > size)",
+        "tiles, float mask 1HQK", NUMBER),
+}  # fmt: skip
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A copy of the kernels, to be changed."""
+    return Path(shutil.copytree(emulator.ROOT / "csrc" / "cuda", tmp_path / "cuda"))
+
+
+@on_emulator
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_caught(mutant, sources):
+    file, old, new, case, complaint = MUTANTS[mutant]
+    text = (sources / file).read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
+    (sources / file).write_text(text.replace(old, new))
+    kernels, backward = Kernels("cuda", torch.float16), "bwd" in file or file == "gradient.cuh"
+    with emulator.installed(sources), pytest.raises((AssertionError, RuntimeError), match=complaint):
+        kernels.check(BY_NAME[case], backward)
+
+
+@on_emulator
+def test_a_scale_that_is_a_little_off_is_caught(at_work, monkeypatch):
+    monkeypatch.setattr(cuda, "_LOG2E", cuda._LOG2E * 1.002)
+    with pytest.raises(AssertionError, match=NUMBER):
+        check(BY_NAME["gqa"], torch.float16)
+
+
+# ---- launches ----------------------------------------------------------------------------------------------
+
+
+def test_the_fields_of_params_are_those_of_the_header():
+    """``_numbers`` asserts it of pointers; a number's order is the header's."""
+    numbers = list(cuda._numbers())
+    assert numbers[0] == "query_b" and numbers[-1] == "grad_scale" and len(numbers) > 60
+    sizes = [{"q": 8, "i": 4, "f": 4}[code] for code in cuda._numbers().values()]
+    assert sizes == sorted(sizes, reverse=True), "a field of 4 bytes before one of 8 would be padded"
+    with pytest.raises(AssertionError, match=r"params.cuh has no .*nonsense"):
+        cuda._pack_numbers({"nonsense": 1})
+
+
+@on_emulator
+def test_a_plain_call_is_one_launch(at_work):
+    kwargs = make_inputs(BY_NAME["causal"], torch.bfloat16)
+    configure(racing=False)
+    Kernels("cuda", torch.bfloat16).run(kwargs)
+    assert cuda.gpu.launches() == 1
+    configure(racing=False)
+    Kernels("cuda", torch.bfloat16).run(make_inputs(BY_NAME["decode"], torch.bfloat16))
+    assert cuda.gpu.launches() == 2  # the parts, and their sum
+
+
+@on_emulator
+def test_lengths_and_offsets_need_no_other_kernel(at_work):
+    """A specialisation follows from types, head dims and features: fifty lengths share one."""
+    kernels = set()
+    for length, causal in itertools.product([*range(65, 90), 128, 256, 1000, 4097], (False, True)):
+        case = Case("length", B=1, Hq=1, Hkv=1, Lq=length, Lk=length, causal=causal)
+        problem = pyattn.explain(**make_inputs(case, torch.bfloat16)).problem
+        kernels |= {launch.kernel for launch in cuda.forward_plan(problem, problem.query.stride, True).launches}
+    assert len(kernels) == 1
+
+
+@on_emulator
+def test_an_error_of_the_driver_is_raised(at_work):
+    with pytest.raises(RuntimeError, match=r"cuLibraryLoadData: CUDA error 999.*nowhere"):
+        cuda._native.CudaKernel(b"/nowhere.so", "attention_fwd", 128, 0)
+    kernel = cuda._kernel("forward", (64, 64), dict.fromkeys(emulator.FLAGS, 0) | {"ROWS": 1})
+    code = cuda.gpu.cubin(kernel.file, kernel.defines, "sm_80")
+    with pytest.raises(RuntimeError, match="there is no kernel attention_bwd"):
+        cuda._native.CudaKernel(code, "attention_bwd", 128, 0)
+    loaded = cuda._native.CudaKernel(code, kernel.name, kernel.threads, kernel.shared_bytes)
+    with pytest.raises(RuntimeError, match=r"at most 2\^31 - 1 blocks"):
+        loaded.launch(2**31, 0, bytes(2048))
+
+
+def test_a_driver_that_is_not_there():
+    with pytest.raises(RuntimeError, match="the CUDA driver cannot be opened"):
+        cuda._native.cuda_open("libcuda-that-is-not-there.so")
+    with pytest.raises(RuntimeError, match="has no cuGetErrorString"):
+        cuda._native.cuda_open(ctypes.util.find_library("m") or "libm.so.6")
+
+
+@pytest.mark.skipif(ON_GPU, reason="needs a machine without a GPU")
+def test_without_a_gpu_there_is_a_reason():
+    assert dispatch.load("cuda").unavailable() == ["torch finds no GPU"]
+
+
+def test_reasons_are_named(at_work):
+    query = torch.randn(1, 2, 5, 300, device=DEVICE)
+    text = str(pyattn.explain(query, query, query, backend="cuda"))
+    assert "multiplies bfloat16 and float16, the input is float32" in text
+    assert "D must lie in [1, 256], it is 300" in text
+
+
+def test_a_missing_nvrtc_is_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(jit, "unavailable", lambda: ["NVRTC cannot be loaded"])
+    assert cuda.Gpu().unavailable() == ["NVRTC cannot be loaded"]
