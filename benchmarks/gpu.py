@@ -34,9 +34,11 @@ from pyattn import compare, dispatch, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TESTS = {"triton": "tests/test_triton.py"}
+TESTS = {"triton": "tests/test_triton.py", "cuda": "tests/test_cuda.py"}
+SHARED_TESTS = "tests/test_gpu_backends.py"  # their names say of which backend they are
+SANITIZERS = {"triton": ("memcheck",), "cuda": ("memcheck", "racecheck")}
 # A test of every kernel, with masks, pages, packed sequences and sizes that fill no tile.
-SMOKE = "test_small and (gqa or everything or family)"
+SMOKE = "(test_small or test_case) and (gqa or everything or family)"
 TOKENS, WIDTH = 16384, 2048  # B * L and Hq * D
 TOLERANCE = 0.02  # of bfloat16 results: tells a wrong kernel from a rounding one
 
@@ -153,15 +155,24 @@ def check(cell: Cell, forward: Any, query: Tensor, key: Tensor, value: Tensor, t
 
 
 def run_check(backend: str) -> None:
-    """compute-sanitizer on a few tests; torch's caching of memory would hide what lies beyond a tensor."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", TESTS[backend]]
+    """compute-sanitizer on a few tests, then all tests.
+
+    torch's caching of memory would hide what lies beyond a tensor. Triton's barriers are its compiler's: races are
+    looked for in kernels that place their own.
+    """
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         sys.exit("gpu: compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
-    smoke = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *tests, "-x", "-k", SMOKE]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    smoke = [*pytest, "-x", "-k", SMOKE, TESTS[backend]]
     # Most of the time is the compiler's: with pytest-xdist it has every core.
     parallel = ["-n", str(measure.physical_cores())] if importlib.util.find_spec("xdist") else []
-    for command, environment in ((smoke, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}), ([*tests, *parallel], {})):
+    commands = [
+        *([sanitizer, "--tool", tool, "--error-exitcode", "1", *smoke] for tool in SANITIZERS[backend]),
+        [*pytest, *parallel, "-k", backend, TESTS[backend], SHARED_TESTS],
+    ]
+    for command in commands:
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if command[0] == sanitizer else {}
         print("gpu:", " ".join(command), flush=True)
         if code := subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode:
             sys.exit(code)

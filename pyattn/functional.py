@@ -29,6 +29,7 @@ def _spec(
     softcap: float | None,
     dropout_p: float,
     scale: float | None,
+    deterministic: bool,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> tuple[AttentionSpec, AttentionTensors]:
@@ -53,7 +54,9 @@ def _spec(
         info = torch.iinfo(torch.int64)
         device = tensors.query.device
         tensors = tensors._replace(dropout_seed=torch.randint(info.min, info.max, (), dtype=torch.int64, device=device))
-    return AttentionSpec(scale, left, right, q_offset, softcap, dropout_p, max_seqlen_q, max_seqlen_k), tensors
+    checks.check_bool("deterministic", deterministic)
+    numbers = (scale, left, right, q_offset, softcap, dropout_p, max_seqlen_q, max_seqlen_k, deterministic)
+    return AttentionSpec._make(numbers), tensors
 
 
 def _dense(
@@ -73,6 +76,7 @@ def _dense(
     block_table: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    deterministic: bool = True,
 ) -> tuple[AttentionSpec, AttentionTensors]:
     """The checked spec and tensors of a dense call."""
     checks.check_qkv(query, key, value, packed=False, paged=block_table is not None)
@@ -97,6 +101,7 @@ def _dense(
         softcap=softcap,
         dropout_p=dropout_p,
         scale=scale,
+        deterministic=deterministic,
     )
     if attn_mask is not None:
         key_length = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
@@ -146,6 +151,7 @@ def attention(
     block_table: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    deterministic: bool = True,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -177,6 +183,8 @@ def attention(
         block_table: int32 ``[B, max_pages]``, the pages of each sample in order.
         dropout_p: probability of dropping a weight, drawn from torch's generator; the same entries on every backend.
         scale: defaults to ``1 / sqrt(D)``.
+        deterministic: equal inputs give equal bits. False lets a backend add up gradients in whatever order its threads
+            come, where that is faster; ``torch.use_deterministic_algorithms(True)`` overrides it.
         return_lse: also return the log-sum-exp of the scores.
         backend: None for the best that can, or the name of one, which then raises if it cannot.
 
@@ -198,7 +206,7 @@ def attention(
     """
     plain = _plain_call(
         query, key, value, (attn_mask, alibi_slopes, sinks, kv_lengths, kv_starts, block_table), dropout_p,
-        (causal, window, q_offset, softcap, scale, return_lse, backend),
+        (causal, window, q_offset, softcap, scale, deterministic, return_lse, backend),
     )  # fmt: skip
     if plain is not None and (call := _prepared.get(plain)) is not None:
         return ops.directly(call, AttentionTensors(query, key, value))
@@ -218,6 +226,7 @@ def attention(
             kv_starts=kv_starts,
             dropout_p=dropout_p,
             scale=scale,
+            deterministic=deterministic,
             return_lse=True,
             backend=backend,
         )
@@ -239,6 +248,7 @@ def attention(
         block_table=block_table,
         dropout_p=dropout_p,
         scale=scale,
+        deterministic=deterministic,
     )
     if plain is not None and (call := ops.prepare(spec, tensors, backend, return_lse)) is not None:
         if len(_prepared) >= _MOST_PREPARED:
@@ -268,6 +278,7 @@ def _packed(
     block_table: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    deterministic: bool = True,
 ) -> tuple[AttentionSpec, AttentionTensors]:
     """The checked spec and tensors of a packed call."""
     paged = block_table is not None
@@ -303,6 +314,7 @@ def _packed(
         softcap=softcap,
         dropout_p=dropout_p,
         scale=scale,
+        deterministic=deterministic,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )
@@ -328,6 +340,7 @@ def attention_varlen(
     block_table: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    deterministic: bool = True,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -378,6 +391,7 @@ def attention_varlen(
         block_table=block_table,
         dropout_p=dropout_p,
         scale=scale,
+        deterministic=deterministic,
     )
     out, lse = ops.attention(spec, tensors, backend)
     return (out, lse) if return_lse else out

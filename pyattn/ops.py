@@ -23,7 +23,7 @@ _TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(
 ).replace("Tensor? q_offset", "Tensor? q_offsets")
 _SPEC = (
     "float scale, SymInt? window_left, SymInt? window_right, SymInt? q_offset, float softcap, float dropout_p, "
-    "SymInt? max_seqlen_q, SymInt? max_seqlen_k"
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_k, bool deterministic"
 )
 _NUM_TENSORS = len(AttentionTensors._fields)
 _ATTN_MASK, _ALIBI_SLOPES, _BLOCK_TABLE = map(

@@ -24,6 +24,7 @@ class AttentionSpec(NamedTuple):
     dropout_p: float = 0.0
     max_seqlen_q: int | None = None  # packed input only
     max_seqlen_k: int | None = None
+    deterministic: bool = True
 
     @property
     def dropout_threshold(self) -> int:

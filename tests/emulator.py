@@ -27,7 +27,19 @@ ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "csrc" / "emulator"
 BUILD = ROOT / "build" / "emulator"
 SHAPES = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "WARPS_M", "WARPS_N")  # sizes of arrays
-FLAGS = ("BF16", "ALIGNED", "ROWS", "PAGE_SIZE", "MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE", "GRADIENTS")
+FLAGS = (
+    "BF16",
+    "ALIGNED",
+    "ROWS",
+    "PAGE_SIZE",
+    "MASK",
+    "ALIBI",
+    "SOFTCAP",
+    "DROPOUT",
+    "NEGATIVE",
+    "GRADIENTS",
+    "UNORDERED",
+)
 # Without GNU's unique symbols: each library has its own machine.
 COMPILE = "-std=c++17 -O1 -shared -fPIC -fno-gnu-unique -fvisibility=hidden -fno-math-errno -Wno-unknown-pragmas"
 

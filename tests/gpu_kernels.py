@@ -89,11 +89,11 @@ class Kernels(NamedTuple):
         """Outputs and gradients."""
         return forward_and_gradients(kwargs, lambda k: run(k, backend=self.name, return_lse=True), through, grads)
 
-    def check(self, case: Case, backward: bool = True) -> None:
+    def check(self, case: Case, backward: bool = True, **options: Any) -> None:
         """Forward and gradients, if the backend computes the case."""
         backward = backward and case.differentiable
         through = OUTPUTS if backward else ()
-        kwargs = make_inputs(case, self.dtype, DEVICE, requires_grad=backward)
+        kwargs = make_inputs(case, self.dtype, DEVICE, requires_grad=backward) | options
         if reasons := dispatch.why_not(pyattn.explain(**kwargs).problem, self.name):
             assert max(case.D, case.Dv or 0) > MAX_HEAD_DIM, reasons  # skips hide no hole
             pytest.skip("; ".join(reasons))

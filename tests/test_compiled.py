@@ -5,27 +5,15 @@ Kernels are compiled by ``benchmarks/compiled.py`` in processes of their own: he
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from recorded import BENCHMARKS, Record, growth, run_script
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compiled.py"
-RECORDED = json.loads((SCRIPT.parent / "results" / "compiled" / "triton.json").read_text())
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536, "gfx950": 163840}
 TENSOR_MEMORY = 512  # columns, of sm_100
 INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
-GROWTH = 1.05
-
-
-def key(cell):
-    return tuple(cell[name] for name in ("kernel", "arch", "dtype", "head_dim", "mask"))
 
 
 def matrix_instruction(cell):
@@ -56,50 +44,31 @@ def complaints(cell, recorded=None):
         yield f"matrix instructions: {counts}"
     if cell["kernel"] in ("forward", "decode") and cell["mask"] != "masked" and cell.get("narrow_loads"):
         yield f"{cell['narrow_loads']} loads of keys and values are not 128 bits wide"
-    for name in ("registers", "spills", "shared"):
-        if recorded is not None and cell[name] > GROWTH * recorded[name]:
-            yield f"{name} grew from {recorded[name]} to {cell[name]}"
+    yield from growth(cell, recorded)
 
 
-def run_script(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, *map(str, arguments)], check=True, env=environment)
+RECORD = Record("compiled.py", "triton.json", ("kernel", "arch", "dtype", "head_dim", "mask"), complaints)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    path = tmp_path_factory.mktemp("compiled") / "quick.json"
-    run_script(SCRIPT, "--quick", "--out", path)
-    return json.loads(path.read_text())
+    return RECORD.make(tmp_path_factory.mktemp("compiled"), "--quick")
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    path = tmp_path_factory.mktemp("compiled") / "all.json"
-    run_script(SCRIPT, "--out", path)
-    return json.loads(path.read_text())
-
-
-def check(results, select):
-    """Against the record, if it was made by the same release of Triton: another's compiler differs."""
-    minor = [x["environment"]["triton"].rsplit(".", 1)[0] for x in (results, RECORDED)]
-    recorded = {key(cell): cell for cell in RECORDED["cells"]} if minor[0] == minor[1] else {}
-    cells = [cell for cell in results["cells"] if select(cell)]
-    assert cells
-    assert not recorded or all(key(cell) in recorded for cell in cells)
-    found = {" ".join(map(str, key(cell))): list(complaints(cell, recorded.get(key(cell)))) for cell in cells}
-    assert not {name: wrong for name, wrong in found.items() if wrong}
+    return RECORD.make(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_one_of_each_kernel(arch, quick):
-    check(quick, lambda cell: cell["arch"] == arch)
+    RECORD.check(quick, arch)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel(arch, everything):
-    check(everything, lambda cell: cell["arch"] == arch)
+    RECORD.check(everything, arch)
 
 
 # Every feature is in one of them, and so is every way to leave one out.
@@ -109,17 +78,17 @@ MORE_CASES = [*SOME_CASES, "window, both sides", "float mask, rows only", "paddi
 
 
 def test_every_feature_compiles():
-    run_script(SCRIPT, "--cases", ";".join(SOME_CASES), "--archs", "sm_90")
+    run_script(RECORD.script, "--cases", ";".join(SOME_CASES), "--archs", "sm_90")
 
 
 @pytest.mark.exhaustive
 def test_every_feature_compiles_for_every_gpu():
-    run_script(SCRIPT, "--cases", ";".join(MORE_CASES))
+    run_script(RECORD.script, "--cases", ";".join(MORE_CASES))
 
 
 @pytest.mark.parametrize("name", ["registers", "spills", "shared", "tensor_memory", "narrow_loads", "HGMMA"])
 def test_a_worse_kernel_is_found(name):
-    good = next(cell for cell in RECORDED["cells"] if key(cell) == ("forward", "sm_90", "bfloat16", 128, "causal"))
+    good = RECORD.find("forward", "sm_90", "bfloat16", 128, "causal")
     worse = good | {name: 0 if name == "HGMMA" else good[name] * 2 + 1000}
     assert list(complaints(good, good)) == []
     assert list(complaints(worse, good))
@@ -127,7 +96,7 @@ def test_a_worse_kernel_is_found(name):
 
 LENGTHS = f"""
 import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
+sys.path.insert(0, {str(BENCHMARKS)!r})
 import compiled
 for layout in ("BHLD", "BLHD"):
     for mask in ("full", "causal", "masked"):

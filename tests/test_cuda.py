@@ -21,7 +21,7 @@ from gpu_kernels import DEVICE, GPU, MAX_HEAD_DIM, ON_GPU, Kernels, assert_same_
 import pyattn
 from pyattn import dispatch, jit
 from pyattn.backends import cuda
-from pyattn.testing import CASES, OUTPUTS, Case, make_inputs
+from pyattn.testing import CASES, OUTPUTS, Case, check_case, make_inputs
 
 if not ON_GPU and not emulator.supported():
     pytest.skip("the emulator runs on x86-64", allow_module_level=True)
@@ -44,7 +44,7 @@ def kernels_of(case):
     if case.differentiable:
         sizes = (1, 1, 1, 1) if case.mask and case.mask.startswith("float") else None
         strides = tuple(x.stride for x in (problem.query, problem.query, *problem.tensors[:3]))
-        launches += cuda.backward_plan(problem._replace(op="backward"), strides, sizes, True)
+        launches += cuda.backward_plan(problem._replace(op="backward"), strides, sizes, True, True)
     return {launch.kernel for launch in launches}
 
 
@@ -121,6 +121,28 @@ def test_unaligned_addresses(at_work):
     assert_same_bits(kernels.results(moved, OUTPUTS), kernels.results(kwargs, OUTPUTS))
 
 
+UNORDERED = [case for case in COMPUTED if case.differentiable and case.name.startswith(("tiles", "packed", "head dim"))]
+
+
+@pytest.mark.parametrize("case", UNORDERED[::3])
+def test_gradients_in_any_order(case, racing, at_work):
+    """Blocks add to the query's gradient as they come; the tolerance is the same."""
+    torch.use_deterministic_algorithms(False)
+    configure(racing)
+    kwargs = make_inputs(case, torch.float16, DEVICE, requires_grad=True) | {"deterministic": False}
+    if not ON_GPU:
+        plan = str(pyattn.explain(**kwargs, backend="cuda"))
+        assert "in any order" in plan
+    check_case(Kernels("cuda", torch.float16).results(kwargs, OUTPUTS), case, torch.float16, OUTPUTS)
+
+
+def test_torch_may_insist_on_an_order(at_work):
+    """With ``torch.use_deterministic_algorithms(True)``, as in all tests, the option changes nothing."""
+    kwargs = make_inputs(BY_NAME["tiles, gqa"], torch.bfloat16, DEVICE, requires_grad=True)
+    kernels = Kernels("cuda", torch.bfloat16)
+    assert_same_bits(kernels.results(kwargs | {"deterministic": False}, OUTPUTS), kernels.results(kwargs, OUTPUTS))
+
+
 @on_emulator
 def test_modes_do_not_change_the_bits(at_work):
     kwargs = make_inputs(BY_NAME["tiles, gqa"], torch.bfloat16, requires_grad=True)
@@ -168,6 +190,10 @@ MUTANTS = {
     "page off by one": ("tile.cuh", "n % size * stride_l", "(n + 1) % size * stride_l", "paged", NUMBER),
     "wrong philox block": ("attention_bwd_dkdv.cuh", "first_key / 8 + lane() / 16", "first_key / 8",
         "tiles, dropout", NUMBER),
+    "any order, missing barrier": ("attention_bwd_dkdv.cuh", "prim::sync();\n  const uint32_t l = lane()",
+        "const uint32_t l = lane()", "tiles, head dim 40, v 104", RACE),
+    "any order, lost keys": ("attention_bwd_dkdv.cuh", "k < BLOCK_N; k += 16", "k < WARP_KEYS; k += 16",
+        "tiles, head dim 40, v 104", NUMBER),
     "no gradient of lse": ("attention_bwd_preprocess.cuh", "sum - (p.grad_lse ? p.grad_lse[i_row] : 0)", "sum",
         "gqa", NUMBER),
     "group's other heads": ("attention_bwd_dkdv.cuh", "num_tiles = per_head * group", "num_tiles = per_head",
@@ -192,8 +218,10 @@ def test_a_mutant_is_caught(mutant, sources):
     assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
     (sources / file).write_text(text.replace(old, new))
     kernels, backward = Kernels("cuda", torch.float16), "bwd" in file or file == "gradient.cuh"
+    ordered = not mutant.startswith("any order")
+    torch.use_deterministic_algorithms(ordered)
     with emulator.installed(sources), pytest.raises((AssertionError, RuntimeError), match=complaint):
-        kernels.check(BY_NAME[case], backward)
+        kernels.check(BY_NAME[case], backward, deterministic=ordered)
 
 
 @on_emulator

@@ -8,17 +8,25 @@
 //     D   192    64 keys x 32 rows, 4 warps of 16 keys        96 +  96 + 16 + 16
 //     D   256    64 keys x 16 rows, 4 warps of 16 keys       128 or 128 + 8 + 8: in two passes, see GRADIENTS
 //
-//   shared memory: key [BLOCK_N, D], value [BLOCK_N, Dv]; two of query [BLOCK_M, D], grad_out [BLOCK_M, Dv], lse, delta
+//   shared memory: key [BLOCK_N, D], value [BLOCK_N, Dv]; two of query [BLOCK_M, D], grad_out [BLOCK_M, Dv], lse,
+//   delta;
+//                  with UNORDERED dS^T [BLOCK_N, BLOCK_M]
 //
 // Tiles are transposed: a warp has its own keys as the rows of S^T = K Q^T and dP^T = V dO^T, and so P^T and dS^T are
 // left operands of dV += P^T dO and dK += dS^T Q as they are, in registers. While a tile of rows is worked on the next
 // one is copied; one `sync` a tile says that it is there, and that the one before is no longer needed.
+// With UNORDERED the gradient of the query is summed here as well, in float and by atomics, in whatever order blocks
+// come: five products instead of seven, and results whose last bits vary. dS^T goes through shared memory, since dQ =
+// dS K sums over the keys of all warps; a warp then has 16 rows of dQ, and some of its columns.
 #include "gradient.cuh"
 
 // GRADIENTS: 1 of values, 2 of keys, 3 of both.
 constexpr int WARP_KEYS = BLOCK_N / WARPS_N, MT = WARP_KEYS / 16;  // keys of a warp, and pieces of 16 of them
 constexpr int NT = BLOCK_M / 8, DT = BLOCK_D / 8, DVT = BLOCK_DV / 8;
 static_assert(MT * 16 * WARPS_N == BLOCK_N && WARPS_M == 1 && NT % 2 == 0, "tiles and warps");
+
+using KeyTile = SharedTile<BLOCK_N, BLOCK_D>;
+using GradTile = SharedTile<BLOCK_N, (BLOCK_M < 32 ? 32 : BLOCK_M)>;  // dS^T; a panel has no fewer columns
 
 // A tile of rows: one of two.
 struct Stage {
@@ -70,6 +78,50 @@ DEV void store(const Fragment<MT, N>& x, float factor, const Sample& s, int firs
     }
 }
 
+// dQ += dS K for a tile of rows, added to those that other blocks found.
+DEV void add_grad_query(const Params& p, const Sample& s, const Fragment<MT, NT>& grad, const KeyTile& key,
+                        const GradTile& grads, int i_h, int first_row) {
+  constexpr int ROW_GROUPS = BLOCK_M / 16, COLS = BLOCK_D / (WARPS_N / ROW_GROUPS);  // of a warp
+  static_assert(WARPS_N % ROW_GROUPS == 0 && COLS % 16 == 0, "rows and columns of a warp");
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        prim::store_shared(
+            grads.cursor(warp_n() * WARP_KEYS + fragment_row(m, 2 * half), n * 8).at(0, 0) + lane() % 4 * 4,
+            prim::pack(grad.x[m][n][2 * half], grad.x[m][n][2 * half + 1], BF16));
+  prim::sync();
+  const uint32_t l = lane(), row = warp_n() % ROW_GROUPS * 16, first_col = warp_n() / ROW_GROUPS * COLS;
+  const auto from_grads = grads.cursor(l % 8 + l / 16 * 8, row + l / 8 % 2 * 8);
+  const auto from_key = key.cursor(l % 16, l / 16 * 8);
+  Fragment<1, COLS / 8> sum;
+  sum.fill(0);
+#pragma unroll
+  for (int k = 0; k < BLOCK_N; k += 16) {
+    uint32_t left[4], right[4];
+    prim::load_matrices_transposed(left, from_grads.at(k, 0));
+#pragma unroll
+    for (int n = 0; n < COLS / 8; n += 2) {
+      prim::load_matrices_transposed(right, from_key.at(k, first_col + n * 8));
+      prim::multiply(sum.x[0][n], left, right[0], right[1], BF16);
+      prim::multiply(sum.x[0][n + 1], left, right[2], right[3], BF16);
+    }
+  }
+  const int64_t begin = s.b * p.lse_b + i_h * p.lse_h + s.first_q + first_row + row;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = fragment_row(0, i);
+    if (first_row + int(row) + r >= s.Lq) continue;
+#pragma unroll
+    for (int n = 0; n < COLS / 8; ++n) {
+      const int col = first_col + fragment_col(n, i);
+      if (col < p.D) prim::atomic_add(p.query_sums + (begin + r) * p.D + col, sum.x[0][n][i] * p.grad_scale);
+    }
+  }
+}
+
 KERNEL(attention_bwd_dkdv) {
   // The block: a tile of keys of one sample and key head.
   const int i_kh = int(prim::block() / p.slots), group = p.Hq / p.Hkv;
@@ -78,9 +130,10 @@ KERNEL(attention_bwd_dkdv) {
   const int first_key = place.tile * BLOCK_N, warp_key = first_key + warp_n() * WARP_KEYS;
   if (first_key >= s.Lk) return;
 
-  const SharedTile<BLOCK_N, BLOCK_D> key{prim::shared_base()};
+  const KeyTile key{prim::shared_base()};
   const SharedTile<BLOCK_N, BLOCK_DV> value{key.base + key.BYTES};
   const uint32_t stages = value.base + value.BYTES;
+  const GradTile grads{stages + 2 * Stage::BYTES};
   const KeyRows key_row(p, s, i_kh, p.key_b, p.key_h, p.key_l), value_row(p, s, i_kh, p.value_b, p.value_h, p.value_l);
   const Tiles tiles = query_tiles(s, first_key);
   const int per_head = tiles.begin < tiles.end ? (tiles.end - tiles.begin + BLOCK_M - 1) / BLOCK_M : 0;
@@ -137,6 +190,7 @@ KERNEL(attention_bwd_dkdv) {
     }
     if (GRADIENTS & 1) multiply_add(grad_value, weight, stage.grad_out, 0);
     if (GRADIENTS & 2) multiply_add(grad_key, grad, stage.query, 0);
+    if (UNORDERED) add_grad_query(p, s, grad, key, grads, i_h, first_row);
   }
   prim::copy_wait<0>();
 

@@ -28,6 +28,7 @@ struct Params {
   uint16_t* grad_query;         // as query
   uint16_t* grad_key;           // as key
   uint16_t* grad_value;         // as value
+  float* query_sums;            // [*lse.shape, D], where UNORDERED: zeros, to which the gradient of the query is added
   void* grad_mask;              // of the mask's own sizes, dense
   int64_t query_b;
   int64_t query_h;

@@ -72,6 +72,11 @@ DEV float to_float(uint16_t bits, bool bf16) {
   return value;
 }
 
+// The order of additions to one address is any.
+DEV void atomic_add(float* address, float value) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+}
+
 // ---- shared memory ----------------------------------------------------------------------------------------
 
 struct Words {
@@ -82,6 +87,10 @@ DEV void store_shared(uint32_t address, const Words& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]),
                "r"(x.w[3])
                : "memory");
+}
+
+DEV void store_shared(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
 DEV void store_shared(uint32_t address, float x) {

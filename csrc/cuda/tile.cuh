@@ -12,7 +12,7 @@
 //   MASK                  0: none, 1: bool, 2: of the query's type, 3: float32
 //   ALIBI SOFTCAP DROPOUT whether there is one
 //   NEGATIVE              1: the scale is not positive
-//   GRADIENTS             of attention_bwd_dkdv.cuh
+//   GRADIENTS, UNORDERED  of attention_bwd_dkdv.cuh
 //
 // What costs nothing in the inner loops is decided at run time: causal masks and windows, lengths, starts, offsets,
 // packed sequences, sinks. Rows are int, and offsets in memory int64_t.

@@ -80,6 +80,8 @@ DEV float to_float(uint16_t bits, bool bf16) {
   return static_cast<float>(half);
 }
 
+DEV void atomic_add(float* address, float value) { *address += value; }
+
 struct Words {
   uint32_t w[4];
 };

@@ -117,6 +117,7 @@ class Kernel(NamedTuple):
     DROPOUT: int = 0
     NEGATIVE: int = 0
     GRADIENTS: int = 3  # 1 of values, 2 of keys
+    UNORDERED: int = 0
 
     @property
     def defines(self) -> dict[str, int]:
@@ -154,6 +155,9 @@ _TILES = {
     "dq, other": (Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4)),
     "dmask, other": (Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4), Tiles(64, 16, 4)),
 }
+# Shared memory of a block, in bytes; every kernel fits the least but those that are UNORDERED.
+LEAST_SHARED_BYTES = 99 * 1024
+_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_87": 163 * 1024} | dict.fromkeys(("sm_90a", "sm_100a", "sm_103a"), 227 * 1024)
 _BY_ROW = Tiles(1, 1, 4)  # four warps, and no tiles
 
 
@@ -169,9 +173,13 @@ def _columns(head_dim: int) -> int:
 
 def _kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
     """The kernel of ``op``, for D and Dv."""
-    D, Dv = map(_columns, head_dims)
     other = any(macros[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE"))
-    tiles = _TILES[f"{op}, other" if other else op][_COLUMNS.index(max(D, Dv))]
+    return _kernel_with(f"{op}, other" if other else op, op, head_dims, macros)
+
+
+def _kernel_with(tiles_of: str, op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
+    D, Dv = map(_columns, head_dims)
+    tiles = _TILES[tiles_of][_COLUMNS.index(max(D, Dv))]
     rows, keys = (2 * block * (D + Dv) for block in tiles[:2])  # bytes of query and grad_out, and of key and value
     terms = 8 * tiles.BLOCK_M  # of lse and delta
     name, shared = {
@@ -180,6 +188,15 @@ def _kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kern
         "dmask": ("attention_bwd_dmask", rows + terms + keys),
     }.get(op, ("attention_fwd", 2 * tiles.BLOCK_M * D + keys))
     return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
+
+
+def _unordered(kernel: Kernel, head_dims: tuple[int, int], macros: dict[str, int], arch: str) -> Kernel:
+    """The kernel of keys and values that finds the query's gradient, too, for which it needs more shared memory."""
+    for candidate in (kernel, _kernel_with("dkdv, other", "dkdv", head_dims, macros)):
+        shared = candidate.shared_bytes + 2 * candidate.tiles.BLOCK_N * max(candidate.tiles.BLOCK_M, 32)
+        if shared <= _SHARED_BYTES.get(arch, LEAST_SHARED_BYTES):
+            break
+    return candidate._replace(shared_bytes=shared, UNORDERED=1)
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------
@@ -211,6 +228,7 @@ class Addresses(NamedTuple):
     grad_query: int = 0
     grad_key: int = 0
     grad_value: int = 0
+    query_sums: int = 0
     grad_mask: int = 0
 
 
@@ -483,6 +501,7 @@ def backward_plan(
     strides: tuple[tuple[int, ...], ...],  # of out, grad_out, grad_query, grad_key, grad_value
     mask_sizes: tuple[int, int, int, int] | None,  # of the mask whose gradient is asked for
     aligned: bool,
+    ordered: bool,
 ) -> tuple[Launch, ...]:
     """One kind of call: all but its addresses."""
     query, key = problem.query, problem.key
@@ -497,13 +516,17 @@ def backward_plan(
     preprocess = Kernel("attention_bwd_preprocess.cuh", "attention_bwd_preprocess", 0, _BY_ROW, 64, 64, macros["BF16"])
     launches = [launch(preprocess, -(-numbers["num_rows"] // 4), {"Lq": lse_shape_of(problem)[-1]})]
     dkdv = _kernel("dkdv", head_dims, macros)
+    if not ordered:
+        dkdv = _unordered(dkdv, head_dims, macros, _arch(query.device))
     slots = _slots(key, _meta(problem, "cu_seqlens_k"), 1, dkdv.tiles.BLOCK_N)
-    # Beyond 192 columns the sums of both do not fit a thread's registers.
-    for gradients in (1, 2) if max(dkdv.BLOCK_D, dkdv.BLOCK_DV) > 192 else (3,):
-        launches.append(launch(dkdv._replace(GRADIENTS=gradients), slots["slots"] * key.shape[1], slots))
-    dq = _kernel("dq", head_dims, macros)
-    slots = _slots(query, _meta(problem, "cu_seqlens_q"), 1, dq.tiles.BLOCK_M)
-    launches.append(launch(dq, slots["slots"] * query.shape[1], slots))
+    if max(dkdv.BLOCK_D, dkdv.BLOCK_DV) > 192:  # the sums of both do not fit a thread's registers
+        launches.append(launch(dkdv._replace(GRADIENTS=1, UNORDERED=0), slots["slots"] * key.shape[1], slots))
+        dkdv = dkdv._replace(GRADIENTS=2)
+    launches.append(launch(dkdv, slots["slots"] * key.shape[1], slots))
+    if ordered:
+        dq = _kernel("dq", head_dims, macros)
+        slots = _slots(query, _meta(problem, "cu_seqlens_q"), 1, dq.tiles.BLOCK_M)
+        launches.append(launch(dq, slots["slots"] * query.shape[1], slots))
     if mask_sizes is not None:
         dmask = _kernel("dmask", head_dims, macros)
         B, H, Lq, Lk = mask_sizes
@@ -538,7 +561,10 @@ def backward(
         assert t.attn_mask is not None
         grad_mask = t.attn_mask.new_empty(t.attn_mask.shape)
         mask_sizes = ((1,) * (4 - grad_mask.dim()) + tuple(grad_mask.shape))[:4]
+    ordered = spec.deterministic or torch.are_deterministic_algorithms_enabled()
+    query_sums = None if ordered else lse.new_zeros((*lse.shape, t.query.shape[-1]))
     addresses = _addresses(t, out, lse)._replace(
+        query_sums=_address(query_sums),
         grad_out=grad_out.data_ptr(),
         grad_lse=_address(grad_lse),
         delta=delta.data_ptr(),
@@ -550,7 +576,9 @@ def backward(
     problem = Problem.of("backward", spec, t)
     strides = tuple(x.stride() for x in (out, grad_out, *grads))
     aligned = _aligned(problem, *addresses[:3], addresses.grad_out) and not any(x % 8 for x in grad_out.stride()[:-1])
-    _run(backward_plan(problem, strides, mask_sizes, aligned), addresses, t.query.device)
+    _run(backward_plan(problem, strides, mask_sizes, aligned, ordered), addresses, t.query.device)
+    if query_sums is not None:
+        grads[0].copy_(query_sums.transpose(0, 1) if problem.packed else query_sums)
     return *grads, grad_mask, None if t.sinks is None else sink_gradient(t.sinks, lse, delta)
 
 
@@ -563,7 +591,8 @@ def describe(problem: Problem) -> str:
     arch = _arch(problem.query.device)
     if problem.op == "backward":
         tiles = [_kernel(op, head_dims, macros).tiles for op in ("dkdv", "dq")]
-        return f"{arch}, keys: {tiles[0]}; queries: {tiles[1]}"
+        queries = tiles[1] if problem.spec.deterministic else "with the keys, in any order"
+        return f"{arch}, keys: {tiles[0]}; queries: {queries}"
     plan = forward_plan(problem, problem.query.stride, _aligned(problem))
     parts = "" if plan.num_splits == 1 else f"{plan.num_splits} parts of {SPLIT} keys, "
     return f"{arch}, {parts}{plan.launches[0].kernel.tiles}"

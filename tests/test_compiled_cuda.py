@@ -1,0 +1,105 @@
+"""What NVRTC makes of the CUDA kernels for GPUs that are not there: figures, and what follows from their tiles."""
+
+from __future__ import annotations
+
+import pytest
+from recorded import Record, growth
+
+from pyattn import jit
+
+pytest.importorskip("triton")  # brings the disassembler
+if jit.unavailable():
+    pytest.skip(jit.unavailable()[0], allow_module_level=True)
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
+REGISTERS = 65536  # of a multiprocessor
+
+# By kernel: products of a tile of rows and one of keys over the D columns and over the Dv columns, and how often its
+# code copies rows of D and of Dv, keys of D and of Dv. What is worked on while the next one is copied is copied twice.
+WORK = {
+    **dict.fromkeys(("forward", "decode", "tall decode"), ((1, 1), (1, 0, 2, 1))),
+    "dkdv": ((2, 2), (2, 2, 1, 1)),
+    "dv": ((1, 1), (2, 2, 1, 1)),
+    "dk": ((2, 1), (2, 2, 1, 1)),
+    "dq": ((2, 1), (1, 1, 2, 2)),
+    "dmask": ((1, 1), (1, 1, 1, 1)),
+    **dict.fromkeys(("preprocess", "combine"), ((0, 0), (0, 0, 0, 0))),
+}
+
+
+def matrix_instructions(cell):
+    """Each multiplies 16 x 8 x 16. Neither a loop nor a branch has a second copy of a product."""
+    (over_d, over_dv), _ = WORK[cell["kernel"]]
+    scores = cell["BLOCK_M"] // cell["WARPS_M"] * (cell["BLOCK_N"] // cell["WARPS_N"])
+    return scores * (over_d * cell["BLOCK_D"] + over_dv * cell["BLOCK_DV"]) // (16 * 8 * 16)
+
+
+def wide_copies(cell):
+    """By 16 bytes: all of the tiles, in panels of 64 or 32 columns."""
+    if cell["kind"] == "odd":
+        return 0
+
+    def copies(rows, columns):
+        panel = 32 if columns % 64 else 64
+        return -(-rows * panel // 8 // cell["threads"]) * (columns // panel)
+
+    _, counts = WORK[cell["kernel"]]
+    tiles = [(rows, columns) for rows in ("BLOCK_M", "BLOCK_N") for columns in ("BLOCK_D", "BLOCK_DV")]
+    return sum(n * copies(cell[rows], cell[columns]) for n, (rows, columns) in zip(counts, tiles, strict=True))
+
+
+def complaints(cell, recorded=None):
+    """What is wrong with a compiled kernel, also compared with what was recorded of it."""
+    if cell["shared"] > SHARED[cell["arch"]]:
+        yield f"{cell['shared']} bytes of shared memory, the GPU has {SHARED[cell['arch']]}"
+    if cell["registers"] > 255 or cell["registers"] * cell["threads"] > REGISTERS:
+        yield f"{cell['registers']} registers for each of {cell['threads']} threads"
+    if cell["kind"] == "plain" and cell["spills"]:
+        yield f"{cell['spills']} spills"
+    if cell["HMMA"] != matrix_instructions(cell):
+        yield f"{cell['HMMA']} matrix instructions, not {matrix_instructions(cell)}"
+    if cell["wide_copies"] != wide_copies(cell):
+        yield f"{cell['wide_copies']} copies are 128 bits wide, not {wide_copies(cell)}"
+    has_terms = cell["kernel"] in ("dkdv", "dv", "dk", "dq", "dmask")  # lse and delta, of 4 bytes
+    if cell["copies"] != cell["wide_copies"] and not has_terms:
+        yield f"{cell['copies'] - cell['wide_copies']} copies are less than 128 bits wide"
+    yield from growth(cell, recorded)
+
+
+RECORD = Record("compiled_cuda.py", "cuda.json", ("kernel", "arch", "kind", "D", "Dv", "dtype"), complaints)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return RECORD.make(tmp_path_factory.mktemp("compiled"), "--quick")
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    return RECORD.make(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_one_of_each_kernel(arch, quick):
+    RECORD.check(quick, arch)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel(arch, everything):
+    RECORD.check(everything, arch)
+
+
+@pytest.mark.parametrize("name", ["registers", "spills", "shared", "HMMA", "wide_copies", "copies"])
+def test_a_worse_kernel_is_found(name):
+    good = RECORD.find("forward", "sm_80", "plain", 128, 128, "bfloat16")
+    assert list(complaints(good, good)) == []
+    assert list(complaints(good | {name: good[name] * 2 + 1000}, good))
+
+
+@pytest.mark.parametrize("name", ["HMMA", "wide_copies"])
+def test_a_kernel_that_does_without_is_found(name):
+    good = RECORD.find("dq", "sm_80", "plain", 64, 64, "bfloat16")
+    assert list(complaints(good, good)) == []
+    assert list(complaints(good | {name: 0}, good))
