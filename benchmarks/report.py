@@ -387,28 +387,23 @@ ON_GPU = Plot(
     HALF,
 )
 GPU_NOTE = "bfloat16, 16384 tokens, heads x head dim 2048. The matmul is one of 8192 x 8192 in the same run."
-SUITES |= {
-    "gpu_triton_forward": Suite(
-        "Forward on a GPU",
-        gpu_rows,
-        f"{HALF} {GPU_NOTE}",
-        ON_GPU._replace(title="Attention forward on a GPU: higher is faster"),
-        True,
-    ),
-    "gpu_triton_backward": Suite(
-        "Backward on a GPU",
-        gpu_rows,
-        f"{HALF} {GPU_NOTE}",
-        ON_GPU._replace(title="Attention backward on a GPU: higher is faster"),
-        True,
-    ),
-    "gpu_triton_decode": Suite(
-        "Decode on a GPU: one query",
+for backend, name in (("cuda", "CUDA"), ("triton", "Triton")):
+    SUITES |= {
+        f"gpu_{backend}_{stage}": Suite(
+            f"{stage.capitalize()} on a GPU, {name}",
+            gpu_rows,
+            f"{HALF} {GPU_NOTE}",
+            ON_GPU._replace(title=f"Attention {stage} on a GPU, {name}: higher is faster"),
+            True,
+        )
+        for stage in ("forward", "backward")
+    }
+    SUITES[f"gpu_{backend}_decode"] = Suite(
+        f"Decode on a GPU, {name}: one query",
         gpu_decode_rows,
         "bfloat16. GB/s count each key and value once; the copy is a large one in the same run, read and written.",
         on_gpu=True,
-    ),
-}
+    )
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ CONTENTS = (
 )
 REST = (
     "Other calls compile at first use: other head dims, page sizes or numbers of heads; masks, ALiBi, softcap, dropout "
-    "and scales that are not positive; rows that cannot be copied by 16 bytes."
+    "and scales that are not positive; deterministic=False; rows that cannot be copied by 16 bytes."
 )
 
 
 def archs() -> list[str]:
-    """What can be compiled for, by the names of ``cuda.Gpu.arch``."""
-    return [f"sm_{x}{'a' if x >= 90 else ''}" for x in jit.nvrtc_archs() if x >= 80]
+    """What can be compiled for, by the names of ``cuda.arch_name``."""
+    return [cuda.arch_name(*divmod(x, 10)) for x in jit.nvrtc_archs() if x >= 80]
 
 
 def kernels(
@@ -53,11 +53,11 @@ def _kernels(dtype: torch.dtype, D: int, Dv: int, group: int, queries: int, page
     pages = {"block_table": empty(1, keys, dtype=torch.int32), "kv_lengths": empty(1, dtype=torch.int32)}
     key, value = (empty(1, 1, page_size or keys, columns) for columns in (D, Dv))
     spec, tensors = AttentionSpec(scale=1), AttentionTensors(query, key, value, **(pages if page_size else {}))
-    aligned, out_stride = D % 8 == Dv % 8 == 0, empty_output(query, Dv).stride()
-    launches = list(cuda.forward_plan(Problem.of("forward", spec, tensors), out_stride, aligned).launches)
+    out_stride = empty_output(query, Dv).stride()
+    launches = list(cuda.forward_plan(Problem.of("forward", spec, tensors), out_stride, True).launches)
     if not page_size:
         strides = (out_stride, out_stride, query.stride(), key.stride(), value.stride())
-        launches += cuda.backward_plan(Problem.of("backward", spec, tensors), strides, None, aligned)
+        launches += cuda.backward_plan(Problem.of("backward", spec, tensors), strides, None, True)
     return [launch.kernel for launch in launches]
 
 

@@ -100,6 +100,27 @@ def test_head_dims(head_dim, at_work):
     check(case, torch.float16)
 
 
+@pytest.mark.parametrize(("D", "Dv"), [(64, 128), (96, 256), (80, 120), (128, 64)])
+@pytest.mark.parametrize("queries", [2, 40])
+def test_v_head_dims(D, Dv, queries, at_work):
+    """What warps along the keys merge in the end takes more shared memory than keys and values where Dv is larger."""
+    case = Case("v head dim", B=1, Hq=8, Hkv=4, Lq=queries, Lk=600, D=D, Dv=Dv, causal=True)
+    check(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a"])
+def test_kernels_fit_the_gpu(arch, monkeypatch):
+    limit = cuda._SHARED_BYTES.get(arch, cuda.LEAST_SHARED_BYTES)
+    for D, Dv, mask in itertools.product((64, 96, 128, 192, 256), (64, 96, 128, 192, 256), (0, 3)):
+        macros = dict.fromkeys(emulator.FLAGS, 0) | {"ROWS": 1, "MASK": mask}
+        macros.pop("UNORDERED"), macros.pop("GRADIENTS")
+        kernels = [cuda._kernel(op, (D, Dv), macros) for op in ("forward", "decode", "tall decode", "dkdv", "dq")]
+        assert all(kernel.shared_bytes <= cuda.LEAST_SHARED_BYTES for kernel in kernels), (D, Dv)
+        unordered = cuda._unordered(kernels[3], (D, Dv), macros, arch)
+        assert unordered is None or unordered.shared_bytes <= limit
+        assert unordered or (max(D, Dv) > 128 and limit == cuda.LEAST_SHARED_BYTES), (D, Dv)
+
+
 def test_every_case_up_to_head_dim_256_is_computed(at_work):
     for case in CASES:
         kwargs = make_inputs(case, torch.bfloat16, DEVICE, requires_grad=case.differentiable)

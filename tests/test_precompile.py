@@ -145,6 +145,12 @@ def test_the_rest_is_left_out(call):
     assert not kernels_of(**call) & usual()
 
 
+def test_a_head_dim_decides_whether_rows_are_copied_by_16_bytes():
+    for D, aligned in ((64, 1), (40, 1), (60, 0)):
+        kernels = precompile.kernels([torch.bfloat16], [(D, D)])
+        assert {kernel.ALIGNED for kernel in kernels if kernel.name == "attention_fwd"} == {aligned}
+
+
 def test_a_number_of_heads_is_left_out():
     assert not kernels_of(group=7, queries=1, keys=10) & usual()
     assert kernels_of(group=7) <= usual(), "the forward takes any"

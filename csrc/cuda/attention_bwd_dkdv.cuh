@@ -81,8 +81,11 @@ DEV void store(const Fragment<MT, N>& x, float factor, const Sample& s, int firs
 // dQ += dS K for a tile of rows, added to those that other blocks found.
 DEV void add_grad_query(const Params& p, const Sample& s, const Fragment<MT, NT>& grad, const KeyTile& key,
                         const GradTile& grads, int i_h, int first_row) {
-  constexpr int ROW_GROUPS = BLOCK_M / 16, COLS = BLOCK_D / (WARPS_N / ROW_GROUPS);  // of a warp
-  static_assert(WARPS_N % ROW_GROUPS == 0 && COLS % 16 == 0, "rows and columns of a warp");
+  // Each warp has 16 rows, and so many columns; where those are more than there are, the last warps have fewer, or
+  // none.
+  constexpr int ROW_GROUPS = BLOCK_M / 16, COL_GROUPS = WARPS_N / ROW_GROUPS;
+  constexpr int COLS = (BLOCK_D / COL_GROUPS + 15) / 16 * 16;
+  static_assert(COL_GROUPS * ROW_GROUPS == WARPS_N, "rows and columns of a warp");
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -104,6 +107,7 @@ DEV void add_grad_query(const Params& p, const Sample& s, const Fragment<MT, NT>
     prim::load_matrices_transposed(left, from_grads.at(k, 0));
 #pragma unroll
     for (int n = 0; n < COLS / 8; n += 2) {
+      if (COLS * COL_GROUPS > BLOCK_D && int(first_col) + n * 8 >= BLOCK_D) break;
       prim::load_matrices_transposed(right, from_key.at(k, first_col + n * 8));
       prim::multiply(sum.x[0][n], left, right[0], right[1], BF16);
       prim::multiply(sum.x[0][n + 1], left, right[2], right[3], BF16);

@@ -39,6 +39,11 @@ _FARTHEST = 2**61  # of a window that has a side
 # ---- the GPU -------------------------------------------------------------------------------------------------
 
 
+def arch_name(major: int, minor: int) -> str:
+    """The architecture of a compute capability, with all that is special to it: "sm_80", "sm_90a"."""
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
 class Gpu:
     """Where kernels run. The tests put an emulator in its place."""
 
@@ -61,9 +66,7 @@ class Gpu:
         return []
 
     def arch(self, device: torch.device) -> str:
-        """The architecture of a device, with all that is special to it: "sm_80", "sm_90a"."""
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+        return arch_name(*torch.cuda.get_device_capability(device))
 
     def cubin(self, file: str, defines: jit.Defines, arch: str) -> bytes:
         return jit.cubin(file, defines, arch)
@@ -182,21 +185,24 @@ def _kernel_with(tiles_of: str, op: str, head_dims: tuple[int, int], macros: dic
     tiles = _TILES[tiles_of][_COLUMNS.index(max(D, Dv))]
     rows, keys = (2 * block * (D + Dv) for block in tiles[:2])  # bytes of query and grad_out, and of key and value
     terms = 8 * tiles.BLOCK_M  # of lse and delta
+    merged = (
+        128 * (tiles.WARPS_N - 1) * (tiles.BLOCK_M // 16) * (Dv // 2 + 4)
+    )  # what warps along the keys tell the first
     name, shared = {
         "dkdv": ("attention_bwd_dkdv", keys + 2 * (rows + terms)),
         "dq": ("attention_bwd_dq", rows + terms + 2 * keys),
         "dmask": ("attention_bwd_dmask", rows + terms + keys),
-    }.get(op, ("attention_fwd", 2 * tiles.BLOCK_M * D + keys))
+    }.get(op, ("attention_fwd", 2 * tiles.BLOCK_M * D + max(keys, merged)))
     return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
 
 
-def _unordered(kernel: Kernel, head_dims: tuple[int, int], macros: dict[str, int], arch: str) -> Kernel:
-    """The kernel of keys and values that finds the query's gradient, too, for which it needs more shared memory."""
+def _unordered(kernel: Kernel, head_dims: tuple[int, int], macros: dict[str, int], arch: str) -> Kernel | None:
+    """The kernel of keys and values that finds the query's gradient, too, if the GPU has the shared memory for it."""
     for candidate in (kernel, _kernel_with("dkdv, other", "dkdv", head_dims, macros)):
         shared = candidate.shared_bytes + 2 * candidate.tiles.BLOCK_N * max(candidate.tiles.BLOCK_M, 32)
         if shared <= _SHARED_BYTES.get(arch, LEAST_SHARED_BYTES):
-            break
-    return candidate._replace(shared_bytes=shared, UNORDERED=1)
+            return candidate._replace(shared_bytes=shared, UNORDERED=1)
+    return None
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------
@@ -251,7 +257,8 @@ def _pack_numbers(numbers: dict[str, float]) -> bytes:
     codes = _numbers()
     unknown = numbers.keys() - codes.keys()
     assert not unknown, f"params.cuh has no {unknown}"
-    return struct.pack("=" + "".join(codes.values()), *(numbers.get(name, 0) for name in codes))
+    packed = struct.pack("=" + "".join(codes.values()), *(numbers.get(name, 0) for name in codes))
+    return packed + bytes(-len(packed) % 8)  # as a struct with fields of 8 bytes ends
 
 
 class Launch(NamedTuple):
@@ -273,18 +280,27 @@ def _strides(name: str, stride: Sequence[int]) -> dict[str, int]:
     return {f"{name}_b": b, f"{name}_h": h, f"{name}_l": row}
 
 
+def _steps(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """The strides that lead anywhere, but the last one."""
+    return [step for size, step in zip(shape[:-1], stride[:-1], strict=True) if size != 1]
+
+
 def _meta(problem: Problem, name: str) -> TensorMeta | None:
     return problem.tensors[AttentionTensors._fields.index(name)]
 
 
 def _common(problem: Problem, aligned: bool) -> tuple[dict[str, int], dict[str, Any]]:
-    """The macros, and the numbers by their names in params.cuh, that every kernel takes."""
+    """The macros, and the numbers by their names in params.cuh, that every kernel takes.
+
+    ``aligned``: whether query, key and value begin at multiples of 16 bytes.
+    """
     spec, (query, key, value) = problem.spec, (problem.query, problem.key, problem.value)
     mask, slopes, table = (_meta(problem, name) for name in ("attn_mask", "alibi_slopes", "block_table"))
     mask_type = 0 if mask is None else {torch.bool: 1, query.dtype: 2, torch.float32: 3}[mask.dtype]
+    sizes = [x for meta in (query, key, value) for x in (meta.shape[-1], *_steps(meta.shape, meta.stride))]
     macros = {
         "BF16": int(query.dtype == torch.bfloat16),
-        "ALIGNED": int(aligned),
+        "ALIGNED": int(aligned and not any(x % 8 for x in sizes)),
         "PAGE_SIZE": 0 if table is None else key.shape[2],
         "MASK": mask_type,
         "ALIBI": int(slopes is not None),
@@ -422,11 +438,8 @@ def _slots(x: TensorMeta, cu_seqlens: TensorMeta | None, rows: int, block: int) 
     return {"tiles": tiles, "slots": tiles * x.shape[0]}
 
 
-def _aligned(problem: Problem, *addresses: int) -> bool:
-    """Whether all rows of query, key and value can be copied by 16 bytes."""
-    metas = (problem.query, problem.key, problem.value)
-    sizes = [x for meta in metas for x in (meta.shape[-1], *meta.stride[:-1])]
-    return not any(x % 8 for x in sizes) and not any(address % 16 for address in addresses)
+def _aligned(*addresses: int) -> bool:
+    return not any(address % 16 for address in addresses)
 
 
 # ---- forward -------------------------------------------------------------------------------------------------
@@ -476,7 +489,7 @@ def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
     lse = t.query.new_empty(lse_shape(t.query), dtype=torch.float32)
     addresses = _addresses(t, out, lse)
     problem = Problem.of("forward", spec, t)
-    plan = forward_plan(problem, out.stride(), _aligned(problem, *addresses[:3]))
+    plan = forward_plan(problem, out.stride(), _aligned(*addresses[:3]))
     if plan.num_splits > 1:
         partial_lse = lse.new_empty((plan.num_splits, *lse.shape))
         partial_out = lse.new_empty((*partial_lse.shape, out.shape[-1]))
@@ -501,11 +514,11 @@ def backward_plan(
     strides: tuple[tuple[int, ...], ...],  # of out, grad_out, grad_query, grad_key, grad_value
     mask_sizes: tuple[int, int, int, int] | None,  # of the mask whose gradient is asked for
     aligned: bool,
-    ordered: bool,
+    ordered: bool = True,
 ) -> tuple[Launch, ...]:
     """One kind of call: all but its addresses."""
     query, key = problem.query, problem.key
-    macros, numbers = _common(problem, aligned)
+    macros, numbers = _common(problem, aligned and not any(x % 8 for x in _steps(query.shape, strides[1])))
     for name, stride in zip(("out", "grad_out", "grad_query", "grad_key", "grad_value"), strides, strict=True):
         numbers |= _strides(name, stride)
     head_dims = (query.shape[-1], problem.value.shape[-1])
@@ -516,14 +529,14 @@ def backward_plan(
     preprocess = Kernel("attention_bwd_preprocess.cuh", "attention_bwd_preprocess", 0, _BY_ROW, 64, 64, macros["BF16"])
     launches = [launch(preprocess, -(-numbers["num_rows"] // 4), {"Lq": lse_shape_of(problem)[-1]})]
     dkdv = _kernel("dkdv", head_dims, macros)
-    if not ordered:
-        dkdv = _unordered(dkdv, head_dims, macros, _arch(query.device))
+    unordered = None if ordered else _unordered(dkdv, head_dims, macros, _arch(query.device))
+    dkdv = unordered or dkdv
     slots = _slots(key, _meta(problem, "cu_seqlens_k"), 1, dkdv.tiles.BLOCK_N)
     if max(dkdv.BLOCK_D, dkdv.BLOCK_DV) > 192:  # the sums of both do not fit a thread's registers
         launches.append(launch(dkdv._replace(GRADIENTS=1, UNORDERED=0), slots["slots"] * key.shape[1], slots))
         dkdv = dkdv._replace(GRADIENTS=2)
     launches.append(launch(dkdv, slots["slots"] * key.shape[1], slots))
-    if ordered:
+    if unordered is None:
         dq = _kernel("dq", head_dims, macros)
         slots = _slots(query, _meta(problem, "cu_seqlens_q"), 1, dq.tiles.BLOCK_M)
         launches.append(launch(dq, slots["slots"] * query.shape[1], slots))
@@ -561,10 +574,7 @@ def backward(
         assert t.attn_mask is not None
         grad_mask = t.attn_mask.new_empty(t.attn_mask.shape)
         mask_sizes = ((1,) * (4 - grad_mask.dim()) + tuple(grad_mask.shape))[:4]
-    ordered = spec.deterministic or torch.are_deterministic_algorithms_enabled()
-    query_sums = None if ordered else lse.new_zeros((*lse.shape, t.query.shape[-1]))
     addresses = _addresses(t, out, lse)._replace(
-        query_sums=_address(query_sums),
         grad_out=grad_out.data_ptr(),
         grad_lse=_address(grad_lse),
         delta=delta.data_ptr(),
@@ -575,8 +585,14 @@ def backward(
     )
     problem = Problem.of("backward", spec, t)
     strides = tuple(x.stride() for x in (out, grad_out, *grads))
-    aligned = _aligned(problem, *addresses[:3], addresses.grad_out) and not any(x % 8 for x in grad_out.stride()[:-1])
-    _run(backward_plan(problem, strides, mask_sizes, aligned, ordered), addresses, t.query.device)
+    aligned = _aligned(*addresses[:3], addresses.grad_out)
+    ordered = spec.deterministic or torch.are_deterministic_algorithms_enabled()
+    launches = backward_plan(problem, strides, mask_sizes, aligned, ordered)
+    query_sums = None
+    if any(launch.kernel.UNORDERED for launch in launches):
+        query_sums = lse.new_zeros((*lse.shape, t.query.shape[-1]))
+        addresses = addresses._replace(query_sums=query_sums.data_ptr())
+    _run(launches, addresses, t.query.device)
     if query_sums is not None:
         grads[0].copy_(query_sums.transpose(0, 1) if problem.packed else query_sums)
     return *grads, grad_mask, None if t.sinks is None else sink_gradient(t.sinks, lse, delta)
@@ -587,12 +603,13 @@ def backward(
 
 def describe(problem: Problem) -> str:
     head_dims = (problem.query.shape[-1], problem.value.shape[-1])
-    macros, _ = _common(problem, _aligned(problem))
+    macros, _ = _common(problem, True)
     arch = _arch(problem.query.device)
     if problem.op == "backward":
-        tiles = [_kernel(op, head_dims, macros).tiles for op in ("dkdv", "dq")]
-        queries = tiles[1] if problem.spec.deterministic else "with the keys, in any order"
-        return f"{arch}, keys: {tiles[0]}; queries: {queries}"
-    plan = forward_plan(problem, problem.query.stride, _aligned(problem))
+        keys, queries = (_kernel(op, head_dims, macros) for op in ("dkdv", "dq"))
+        if not problem.spec.deterministic and (both := _unordered(keys, head_dims, macros, arch)):
+            return f"{arch}, keys, and queries in any order: {both.tiles}"
+        return f"{arch}, keys: {keys.tiles}; queries: {queries.tiles}"
+    plan = forward_plan(problem, problem.query.stride, True)
     parts = "" if plan.num_splits == 1 else f"{plan.num_splits} parts of {SPLIT} keys, "
     return f"{arch}, {parts}{plan.launches[0].kernel.tiles}"
