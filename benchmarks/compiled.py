@@ -45,7 +45,6 @@ KERNELS = ("forward", "preprocess", "dkdv", "dq", "dmask", "decode", "combine")
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 128, 256)
 MASKS = ("full", "causal", "masked")
-MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 
 
 class Entry(NamedTuple):
@@ -167,10 +166,10 @@ def figures(kernel: Any, arch: str) -> dict[str, int]:
         )
         return {"registers": registers, "spills": spills, **shared, "v_mfma": text.count("v_mfma_")}
     code = sass.disassemble(kernel.asm["cubin"])
-    counts = {name: code.count(name) for name in MATRIX_INSTRUCTIONS}
-    wide = code.count("LDG", "LDGSTS", part="128")
-    loads = {"wide_loads": wide, "narrow_loads": code.count("LDG", "LDGSTS") - wide}
-    return {"registers": code.registers, "spills": code.spills, **shared, **counts, **loads}
+    counts = {name: sass.count(code.instructions, name) for name in sass.MATRIX_INSTRUCTIONS}
+    wide = sass.count(code.instructions, "LDG", "LDGSTS", part="128")
+    loads = {"wide_loads": wide, "narrow_loads": sass.count(code.instructions, "LDG", "LDGSTS") - wide}
+    return {"registers": code.registers, "spills": sass.spills(code.instructions), **shared, **counts, **loads}
 
 
 def measure(entry: Entry) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import os
 import re
 from pathlib import Path
@@ -22,14 +23,14 @@ import torch
 
 from pyattn import jit
 from pyattn.backends import cuda as backend
-from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output
+from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem, empty_output
 
 RESULTS = Path(__file__).parent / "results" / "compiled" / "cuda.json"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 HEAD_DIMS = ((128, 128), (64, 64), (96, 96), (192, 192), (256, 256), (192, 128))  # `quick` takes the first
 QUERIES = {"forward": 4096, "tall decode": 20, "decode": 1}
 KEYS, PAGE_SIZE = 4096, 16
-INSTRUCTIONS = ("HMMA", "LDSM", "MUFU", "BAR")
+INSTRUCTIONS = ("HMMA", "LDSM", "MUFU", "BAR", "LDGSTS")
 
 
 class Call(NamedTuple):
@@ -39,6 +40,7 @@ class Call(NamedTuple):
     masked      a mask of the query's type
     everything  softcap, ALiBi, a mask of float32, dropout
     paged       pages of 16 keys
+    unordered   as plain, but the query's gradient may be summed in any order
     odd         a negative scale, a bool mask, and rows that cannot be copied by 16 bytes
     """
 
@@ -71,21 +73,35 @@ class Call(NamedTuple):
             spec = spec._replace(scale=-spec.scale)
         return spec, t
 
-    def kernels(self) -> dict[str, backend.Kernel]:
-        """By their names here, all that the backend starts for such calls."""
+    def kernels(self, arch: str) -> dict[str, backend.Kernel]:
+        """By their names here, all that the backend starts for such calls on such a GPU."""
         named, aligned = {}, self.kind != "odd"
         for name, queries in QUERIES.items():
             spec, t = self.inputs(queries)
             out = empty_output(t.query, self.Dv)
-            forward = backend.forward_plan(Problem.of("forward", spec, t), out.stride(), aligned)
+            forward = backend.forward_plan(_problem("forward", spec, t, arch), out.stride(), aligned)
             named |= dict(zip((name, "combine"), (launch.kernel for launch in forward.launches), strict=False))
             if name == "forward" and t.block_table is None:
                 strides = tuple(x.stride() for x in (out, out, *t[:3]))
                 has_grad = t.attn_mask is not None and t.attn_mask.is_floating_point()
                 mask_sizes = tuple(t.attn_mask.shape) if has_grad else None
-                backward = backend.backward_plan(Problem.of("backward", spec, t), strides, mask_sizes, aligned)
+                problem, ordered = _problem("backward", spec, t, arch), self.kind != "unordered"
+                backward = backend.backward_plan(problem, strides, mask_sizes, aligned, ordered)
                 named |= {_name(launch.kernel): launch.kernel for launch in backward}
         return named
+
+
+class Gpus(backend.Gpu):
+    """One of each architecture, which are not there."""
+
+    def arch(self, device: torch.device) -> str:
+        return ARCHITECTURES[device.index]
+
+
+def _problem(op: Op, spec: AttentionSpec, t: AttentionTensors, arch: str) -> Problem:
+    device = torch.device("cuda", ARCHITECTURES.index(arch))
+    problem = Problem.of(op, spec, t)
+    return problem._replace(tensors=tuple(meta and meta._replace(device=device) for meta in problem.tensors))
 
 
 def _name(kernel: backend.Kernel) -> str:
@@ -105,16 +121,16 @@ class Entry(NamedTuple):
 
 def grid() -> list[Entry]:
     """Each kernel for each architecture."""
-    kinds = ("plain", "masked", "everything", "paged")
+    kinds = ("plain", "masked", "everything", "paged", "unordered")
     calls = [Call(kind, *dims) for kind in kinds for dims in HEAD_DIMS]
     # Their code differs in what no head dim changes, so one is enough.
     calls += [Call("odd", *HEAD_DIMS[0]), *(Call(kind, *HEAD_DIMS[0], "float16") for kind in kinds[:2])]
-    first: dict[backend.Kernel, tuple[str, Call]] = {}
-    for call in calls:
-        for name, kernel in call.kernels().items():
+    entries: dict[tuple[str, backend.Kernel], Entry] = {}
+    for arch, call in itertools.product(ARCHITECTURES, calls):
+        for name, kernel in call.kernels(arch).items():
             if name != "tall decode" or call.kind == "plain":  # it differs from a forward in its tiles alone
-                first.setdefault(kernel, (name, call))
-    return [Entry(name, arch, call, kernel) for arch in ARCHITECTURES for kernel, (name, call) in first.items()]
+                entries.setdefault((arch, kernel), Entry(name, arch, call, kernel))
+    return list(entries.values())
 
 
 def quick() -> list[Entry]:
@@ -128,13 +144,14 @@ def quick() -> list[Entry]:
 def measure(entry: Entry) -> dict[str, Any]:
     kernel = entry.kernel
     code = sass.disassemble(jit.compile(kernel.file, kernel.defines, entry.arch))
-    copies = {"copies": code.count("LDGSTS"), "wide_copies": code.count("LDGSTS", part="128")}
+    counts = {name: sass.count(code.instructions, name) for name in INSTRUCTIONS}
     return {
         **{"kernel": entry.name, "arch": entry.arch, **entry.call._asdict()},
-        **{"registers": code.registers, "spills": code.spills, "stack": code.stack},
-        **{"shared": kernel.shared_bytes, "threads": kernel.threads, "instructions": code.instructions.total()},
-        **{name: code.count(name) for name in INSTRUCTIONS},
-        **copies,
+        **{"registers": code.registers, "spills": sass.spills(code.instructions), "stack": code.stack},
+        **{"shared": kernel.shared_bytes, "threads": kernel.threads},
+        **{"instructions": len(code.instructions), "loop": len(code.loop), "loop_spills": sass.spills(code.loop)},
+        **counts,
+        **{"wide_copies": sass.count(code.instructions, "LDGSTS", part="128")},
         **kernel.tiles._asdict(),
         **{"BLOCK_D": kernel.BLOCK_D, "BLOCK_DV": kernel.BLOCK_DV},
     }
@@ -146,6 +163,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="entries whose name matches this regular expression")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    backend.gpu = Gpus()
     entries = [entry for entry in (quick() if arguments.quick else grid()) if re.search(arguments.only, str(entry))]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC holds no lock of Python's
         cells = list(pool.map(measure, entries))

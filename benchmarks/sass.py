@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import importlib.util
 import re
 import subprocess
@@ -11,27 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 TOOLS = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"  # type: ignore
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
 
 
 class Code(NamedTuple):
-    """The only kernel of a cubin."""
+    """The only kernel of a cubin. Instructions are whole names, such as "LDGSTS.E.BYPASS.LTC128B.128"."""
 
     registers: int  # of a thread
     stack: int  # bytes of a thread
-    instructions: collections.Counter[str]  # by their whole name, such as "LDGSTS.E.BYPASS.LTC128B.128"
-
-    def count(self, *names: str, part: str | None = None) -> int:
-        """How many instructions have one of the names, and ``part`` behind it."""
-        total = 0
-        for instruction, n in self.instructions.items():
-            name, *parts = instruction.split(".")
-            total += n * (name in names and (part is None or part in parts))
-        return total
-
-    @property
-    def spills(self) -> int:
-        """Loads and stores of what did not fit the registers."""
-        return self.count("LDL", "STL")
+    instructions: list[str]
+    loop: list[str]  # those of the innermost loop around all that multiply matrices
 
 
 def disassemble(cubin: bytes) -> Code:
@@ -41,8 +29,32 @@ def disassemble(cubin: bytes) -> Code:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         assembly = _tool("nvdisasm", "-c", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
-    names = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", assembly, re.MULTILINE)
-    return Code(registers, stack, collections.Counter(names))
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []  # a branch back, and where to
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*)", line):
+            target = re.search(r"`\((\.L\w+)\)", found[2])
+            if found[1].startswith("BRA") and target and target[1] in labels:
+                loops.append((labels[target[1]], len(instructions) + 1))
+            instructions.append(found[1])
+    products = [i for i, name in enumerate(instructions) if count([name], *MATRIX_INSTRUCTIONS)]
+    around = [loop for loop in loops if products and loop[0] <= products[0] and products[-1] < loop[1]]
+    begin, end = min(around, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    return Code(registers, stack, instructions, instructions[begin:end])
+
+
+def count(instructions: list[str], *names: str, part: str | None = None) -> int:
+    """How many have one of the names, and ``part`` behind it."""
+    parts = (instruction.split(".") for instruction in instructions)
+    return sum(name in names and (part is None or part in rest) for name, *rest in parts)
+
+
+def spills(instructions: list[str]) -> int:
+    """Loads and stores of what did not fit the registers."""
+    return count(instructions, "LDL", "STL")
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -22,8 +22,8 @@ def run_script(*arguments: object) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], check=True, env=environment)
 
 
-def growth(cell: Cell, recorded: Cell | None) -> Iterator[str]:
-    for name in ("registers", "spills", "shared"):
+def growth(cell: Cell, recorded: Cell | None, *more: str) -> Iterator[str]:
+    for name in ("registers", "spills", "shared", *more):
         if recorded is not None and cell[name] > GROWTH * recorded[name]:
             yield f"{name} grew from {recorded[name]} to {cell[name]}"
 

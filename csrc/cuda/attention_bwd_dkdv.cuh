@@ -128,7 +128,7 @@ DEV void add_grad_query(const Params& p, const Sample& s, const Fragment<MT, NT>
 
 KERNEL(attention_bwd_dkdv) {
   // The block: a tile of keys of one sample and key head.
-  const int i_kh = int(prim::block() / p.slots), group = p.Hq / p.Hkv;
+  const int i_kh = prim::block() / p.slots, group = p.Hq / p.Hkv;
   const Place place = tile_of(p, prim::block() % p.slots, p.cu_seqlens_k, p.total_k, 1, BLOCK_N);
   const Sample s(p, place.b);
   const int first_key = place.tile * BLOCK_N, warp_key = first_key + warp_n() * WARP_KEYS;

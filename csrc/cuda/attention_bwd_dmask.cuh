@@ -23,7 +23,7 @@ struct Span {
 
 KERNEL(attention_bwd_dmask) {
   const int tiles_n = (p.mask_Lk + BLOCK_N - 1) / BLOCK_N, tiles_m = (p.mask_Lq + BLOCK_M - 1) / BLOCK_M;
-  const int i_n = int(prim::block() % tiles_n), i_m = int(prim::block() / tiles_n % tiles_m);
+  const int i_n = prim::block() % tiles_n, i_m = prim::block() / tiles_n % tiles_m;
   const int64_t i_head = prim::block() / tiles_n / tiles_m;
   const Span samples(p.mask_B, p.B, int(i_head / p.mask_H), 1), heads(p.mask_H, p.Hq, int(i_head % p.mask_H), 1);
   const Span rows(p.mask_Lq, p.Lq, i_m, BLOCK_M), keys(p.mask_Lk, p.Lk, i_n, BLOCK_N);

@@ -4,7 +4,7 @@
 //   tiles and warps (pyattn/backends/cuda.py chooses)        registers of a thread for dQ, S, dP
 //     D    64   128 rows x 64 keys, 4 warps of 32 rows        64 + 64 + 64
 //     D    96   128 rows x 32 keys, 4 warps of 32 rows        96 + 32 + 32
-//     D   128   128 rows x 32 keys, 4 warps of 32 rows       128 + 32 + 32
+//     D   128   128 rows x 32 keys, 8 warps of 16 rows        64 + 16 + 16
 //     D   192    64 rows x 32 keys, 4 warps of 16 rows        96 + 16 + 16
 //     D   256    64 rows x 16 keys, 4 warps of 16 rows       128 +  8 +  8
 //
@@ -33,7 +33,7 @@ struct Stage {
 
 KERNEL(attention_bwd_dq) {
   // The block: a tile of rows of one sample and head.
-  const int i_h = int(prim::block() / p.slots), i_kh = i_h / (p.Hq / p.Hkv);
+  const int i_h = prim::block() / p.slots, i_kh = i_h / (p.Hq / p.Hkv);
   const Place place = tile_of(p, prim::block() % p.slots, p.cu_seqlens_q, p.total_q, 1, BLOCK_M);
   const Sample s(p, place.b);
   const int num_tiles = (s.Lq + BLOCK_M - 1) / BLOCK_M;

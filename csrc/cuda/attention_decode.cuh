@@ -8,9 +8,9 @@
 constexpr int COLS = BLOCK_DV / 32, WARPS = THREADS / 32;
 
 KERNEL(attention_combine) {
-  const int64_t i_row = prim::block(), i_head = i_row / p.Lq;
+  const int i_row = prim::block(), i_head = i_row / p.Lq;
   const int warp = prim::thread() / 32;
-  const int i_b = int(i_head / p.Hq), i_h = int(i_head % p.Hq), i_m = int(i_row % p.Lq);
+  const int i_b = i_head / p.Hq, i_h = i_head % p.Hq, i_m = i_row % p.Lq;
   float top = p.sinks ? load_float(p.sinks, i_h, p.sinks_type) : -INFINITY;
   const float sink = top;
   for (int split = lane(); split < p.num_splits; split += 32)

@@ -6,7 +6,7 @@
 //
 //   tiles and warps (pyattn/backends/cuda.py chooses)            registers of a thread for out and scores
 //     D    64   128 x 128, 4 x 1 warps of 32 rows                 64 + 128
-//     D    96   128 x  64, 4 x 1 warps of 32 rows                 96 +  64
+//     D    96   128 x  48, 4 x 1 warps of 32 rows                 96 +  48
 //     D   128   128 x  64, 4 x 1 warps of 32 rows                128 +  64
 //     D   192   128 x  64, 8 x 1 warps of 16 rows                 96 +  32
 //     D   256    64 x  64, 4 x 1 warps of 16 rows                128 +  32
@@ -138,8 +138,8 @@ DEV void merge_warps(Fragment<MT, DT>& out, Rows& rows, uint32_t shared) {
 
 KERNEL(attention_fwd) {
   // The block: a tile of rows of one sample and head, and a part of the keys.
-  const int64_t rest = prim::block() / p.slots;
-  const int heads = p.Hq / ROWS, i_head = int(rest % heads), i_split = int(rest / heads);
+  const int rest = prim::block() / p.slots;
+  const int heads = p.Hq / ROWS, i_head = rest % heads, i_split = rest / heads;
   const Place place = tile_of(p, prim::block() % p.slots, p.cu_seqlens_q, p.total_q, ROWS, BLOCK_M);
   const Sample s(p, place.b);
   const int num_tiles = (s.Lq * ROWS + BLOCK_M - 1) / BLOCK_M;
@@ -239,6 +239,7 @@ KERNEL(attention_fwd) {
   }
 
   // What was found. A row without keys has a sum of 0.
+  const int again = prim::fresh(first_row);
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -246,13 +247,14 @@ KERNEL(attention_fwd) {
       float sum = rows.sum[m][half];
       sum += prim::shuffle_xor(sum, 1);
       sum += prim::shuffle_xor(sum, 2);
-      const int row = rows.row[m][half], head = rows.head[m][half];
+      const int r = again + warp_m() * MT * 16 + fragment_row(m, 2 * half);
+      const int row = r / ROWS, head = i_head * ROWS + r % ROWS;
       if (row >= s.Lq) continue;
       const int64_t i_row = s.b * p.lse_b + head * p.lse_h + s.first_q + row;
       const int64_t partial_row = i_split * p.num_rows + i_row;
       if (lane() % 4 == 0)
         (p.partial_out ? p.partial_lse[partial_row] : p.lse[i_row]) = (rows.max[m][half] + prim::log2(sum)) * LN2;
-      const float norm = (sum == 0 ? 1 : 1 / sum) * (DROPOUT ? p.keep_scale : 1);
+      const float norm = (sum == 0 ? 1 : prim::reciprocal(sum)) * (DROPOUT ? p.keep_scale : 1);
       uint16_t* to = p.out + s.b * p.out_b + head * p.out_h + (s.first_q + row) * p.out_l;
 #pragma unroll
       for (int d = 0; d < DT; ++d) {

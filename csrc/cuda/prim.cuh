@@ -26,7 +26,14 @@ namespace prim {
 // ---- where ------------------------------------------------------------------------------------------------
 
 DEV int thread() { return threadIdx.x; }
-DEV int64_t block() { return blockIdx.x; }
+DEV int block() { return blockIdx.x; }
+
+// x, of which the compiler knows no more: what is computed from it is not kept in registers across a loop, but computed
+// again.
+DEV int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // The first byte of the block's dynamic shared memory.
 DEV uint32_t shared_base() {
@@ -42,7 +49,7 @@ DEV uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0xffffffffu,
 
 // ---- arithmetic -------------------------------------------------------------------------------------------
 
-// 2^x and log2(x), to about 2 ulp; of -inf, and 0, too.
+// 2^x, log2(x) and 1 / x, to about 2 ulp; of -inf, and 0, too.
 DEV float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -52,6 +59,12 @@ DEV float exp2(float x) {
 DEV float log2(float x) {
   float y;
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+DEV float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -66,8 +66,8 @@ DEV int64_t first_slot(const int32_t* cu_seqlens, int b, int total, int rows, in
 // The sample of a slot, and the tile in it; tiles have `block` rows, of which each token of the sample has `rows`.
 // A sample has p.tiles slots. In a packed batch sequence b has those from cu_seqlens[b] * rows / block + b on, at least
 // as many as its tiles, so that a block finds its own without anyone having looked at the lengths.
-DEV Place tile_of(const Params& p, int64_t slot, const int32_t* cu_seqlens, int total, int rows, int block) {
-  if (!cu_seqlens) return {int(slot / p.tiles), int(slot % p.tiles)};
+DEV Place tile_of(const Params& p, int slot, const int32_t* cu_seqlens, int total, int rows, int block) {
+  if (!cu_seqlens) return {slot / p.tiles, slot % p.tiles};
   int low = 0, high = p.B;  // the last sequence that begins no later than the slot lies in [low, high)
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -195,8 +195,8 @@ DEV void load_tile(Tile tile, const uint16_t* from, int D, RowOf row_of) {
 // Two elements of a row of D, as one word where that is aligned.
 DEV void store_pair(uint16_t* row, int col, int D, float x, float y) {
   const uint32_t word = prim::pack(x, y, BF16);
-  if (ALIGNED && col < D) {
-    *reinterpret_cast<uint32_t*>(row + col) = word;
+  if (ALIGNED) {
+    if (col < D) *reinterpret_cast<uint32_t*>(row + col) = word;
   } else {
     if (col < D) row[col] = uint16_t(word);
     if (col + 1 < D) row[col + 1] = uint16_t(word >> 16);
@@ -303,7 +303,7 @@ DEV float tanh(float x) {
   y = y * z - 5.37397155531e-2f;
   y = y * z + 1.33314422036e-1f;
   y = y * z - 3.33332819422e-1f;
-  const float large = 1 - 2 / (prim::exp2(size * (2 * LOG2E)) + 1);
+  const float large = 1 - 2 * prim::reciprocal(prim::exp2(size * (2 * LOG2E)) + 1);
   return size < 0.625f ? y * z * x + x : x < 0 ? -large : large;
 }
 

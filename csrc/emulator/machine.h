@@ -13,12 +13,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace emulator {
 
-constexpr size_t kStack = 1 << 17;
+constexpr size_t kStack = 1 << 16;
 
 struct Copy {
   uint32_t to;
@@ -60,7 +61,7 @@ struct Machine {
   std::vector<Word> words;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<std::vector<char>> stacks;
+  std::vector<std::unique_ptr<char[]>> stacks;
   Fiber* current = nullptr;
   void* scheduler = nullptr;
   void (*kernel)(const void*) = nullptr;
@@ -233,10 +234,10 @@ inline void run_block(int64_t block, int threads, size_t shared_bytes) {
   m.words.assign((shared_bytes + 3) / 4, {});
   m.fibers.assign(threads, {});
   m.warps.assign(threads / 32, {});
-  while (m.stacks.size() < static_cast<size_t>(threads)) m.stacks.emplace_back(kStack);
+  while (m.stacks.size() < static_cast<size_t>(threads)) m.stacks.emplace_back(new char[kStack]);
   for (int i = 0; i < threads; ++i) {
     m.fibers[i].thread = i;
-    uintptr_t top = reinterpret_cast<uintptr_t>(m.stacks[i].data() + kStack) & ~uintptr_t{15};
+    uintptr_t top = reinterpret_cast<uintptr_t>(m.stacks[i].get() + kStack) & ~uintptr_t{15};
     void** stack = reinterpret_cast<void**>(top - 8);  // as after a call
     *--stack = reinterpret_cast<void*>(&enter);
     m.fibers[i].stack_pointer = stack - 6;  // the registers that a switch restores

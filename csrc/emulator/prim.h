@@ -16,7 +16,8 @@
 namespace prim {
 
 DEV int thread() { return emulator::machine.current->thread; }
-DEV int64_t block() { return emulator::machine.block; }
+DEV int block() { return static_cast<int>(emulator::machine.block); }
+DEV int fresh(int x) { return x; }
 DEV uint32_t shared_base() { return 0; }
 
 DEV void sync() { emulator::barrier(); }
@@ -49,6 +50,7 @@ DEV uint32_t shuffle(uint32_t value, int lane) {
 
 DEV float exp2(float x) { return std::exp2(x); }
 DEV float log2(float x) { return std::log2(x); }
+DEV float reciprocal(float x) { return 1 / x; }
 
 inline float bits_to_float(uint32_t bits) {
   float x;

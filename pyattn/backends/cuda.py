@@ -134,7 +134,7 @@ class Kernel(NamedTuple):
 # By kernel: for tiles of 64, 96, 128, 192 and 256 columns, the larger of D and Dv. A thread holds its part of the
 # scores and of the sums in at most 255 registers; "other" are calls that do more with a score than to scale it.
 _TILES = {
-    "forward": (Tiles(128, 128, 4), Tiles(128, 64, 4), Tiles(128, 64, 4), Tiles(128, 64, 8), Tiles(64, 64, 4)),
+    "forward": (Tiles(128, 128, 4), Tiles(128, 48, 4), Tiles(128, 64, 4), Tiles(128, 64, 8), Tiles(64, 64, 4)),
     "forward, other": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
     "decode": (Tiles(16, 64, 1, 4),) * 5,
     "decode, other": (Tiles(16, 64, 1, 4),) * 5,
@@ -154,7 +154,7 @@ _TILES = {
         Tiles(16, 64, 1, 4),
         Tiles(16, 64, 1, 4),
     ),
-    "dq": (Tiles(128, 32, 4), Tiles(128, 32, 4), Tiles(128, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4)),
+    "dq": (Tiles(128, 32, 4), Tiles(128, 32, 4), Tiles(128, 32, 8), Tiles(64, 32, 4), Tiles(64, 16, 4)),
     "dq, other": (Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4)),
     "dmask, other": (Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4), Tiles(64, 16, 4)),
 }
