@@ -14,7 +14,8 @@ if jit.unavailable():
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
 REGISTERS = 65536  # of a multiprocessor
-SPILLS = 0.1  # in the inner loop, to a matrix instruction
+# Loads and stores in the inner loop of a plain kernel for want of registers: none but these. By kernel, GPU, D.
+SPILLS = {("forward", "sm_90a", 128): 4, ("forward", "sm_89", 64): 2}
 
 # By kernel: products of a tile of rows and one of keys over the D columns and over the Dv columns, and how often its
 # code copies rows of D and of Dv, keys of D and of Dv. What is worked on while the next one is copied is copied twice.
@@ -57,7 +58,7 @@ def complaints(cell, recorded=None):
         yield f"{cell['shared']} bytes of shared memory, the GPU has {SHARED[cell['arch']]}"
     if cell["registers"] > 255 or cell["registers"] * cell["threads"] > REGISTERS:
         yield f"{cell['registers']} registers for each of {cell['threads']} threads"
-    if cell["kind"] == "plain" and cell["loop_spills"] > SPILLS * cell["HMMA"]:
+    if cell["kind"] == "plain" and cell["loop_spills"] > SPILLS.get((cell["kernel"], cell["arch"], cell["D"]), 0):
         yield f"{cell['loop_spills']} spills in the inner loop"
     if cell["HMMA"] != matrix_instructions(cell):
         yield f"{cell['HMMA']} matrix instructions, not {matrix_instructions(cell)}"

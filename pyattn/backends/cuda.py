@@ -132,7 +132,8 @@ class Kernel(NamedTuple):
 
 
 # By kernel: for tiles of 64, 96, 128, 192 and 256 columns, the larger of D and Dv. A thread holds its part of the
-# scores and of the sums in at most 255 registers; "other" are calls that do more with a score than to scale it.
+# scores and of the sums in at most 255 registers; "other" are calls that do more with a score than to scale it, or that
+# look up pages.
 _TILES = {
     "forward": (Tiles(128, 128, 4), Tiles(128, 48, 4), Tiles(128, 64, 4), Tiles(128, 64, 8), Tiles(64, 64, 4)),
     "forward, other": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
@@ -176,7 +177,7 @@ def _columns(head_dim: int) -> int:
 
 def _kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
     """The kernel of ``op``, for D and Dv."""
-    other = any(macros[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE"))
+    other = any(macros[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE", "PAGE_SIZE"))
     return _kernel_with(f"{op}, other" if other else op, op, head_dims, macros)
 
 
