@@ -23,6 +23,8 @@ import torch
 
 from pyattn import jit
 from pyattn.backends import cuda as backend
+from pyattn.backends.cuda import launch
+from pyattn.backends.cuda.kernels import Kernel
 from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem, empty_output
 
 RESULTS = Path(__file__).parent / "results" / "compiled" / "cuda.json"
@@ -73,25 +75,25 @@ class Call(NamedTuple):
             spec = spec._replace(scale=-spec.scale)
         return spec, t
 
-    def kernels(self, arch: str) -> dict[str, backend.Kernel]:
+    def kernels(self, arch: str) -> dict[str, Kernel]:
         """By their names here, all that the backend starts for such calls on such a GPU."""
         named, aligned = {}, self.kind != "odd"
         for name, queries in QUERIES.items():
             spec, t = self.inputs(queries)
             out = empty_output(t.query, self.Dv)
             forward = backend.forward_plan(_problem("forward", spec, t, arch), out.stride(), aligned)
-            named |= dict(zip((name, "combine"), (launch.kernel for launch in forward.launches), strict=False))
+            named |= dict(zip((name, "combine"), (x.kernel for x in forward.launches), strict=False))
             if name == "forward" and t.block_table is None:
                 strides = tuple(x.stride() for x in (out, out, *t[:3]))
                 has_grad = t.attn_mask is not None and t.attn_mask.is_floating_point()
                 mask_sizes = tuple(t.attn_mask.shape) if has_grad else None
                 problem, ordered = _problem("backward", spec, t, arch), self.kind != "unordered"
                 backward = backend.backward_plan(problem, strides, mask_sizes, aligned, ordered)
-                named |= {_name(launch.kernel): launch.kernel for launch in backward}
+                named |= {_name(x.kernel): x.kernel for x in backward}
         return named
 
 
-class Gpus(backend.Gpu):
+class Gpus(launch.Gpu):
     """One of each architecture, which are not there."""
 
     def arch(self, device: torch.device) -> str:
@@ -104,7 +106,7 @@ def _problem(op: Op, spec: AttentionSpec, t: AttentionTensors, arch: str) -> Pro
     return problem._replace(tensors=tuple(meta and meta._replace(device=device) for meta in problem.tensors))
 
 
-def _name(kernel: backend.Kernel) -> str:
+def _name(kernel: Kernel) -> str:
     name = kernel.name.removeprefix("attention_bwd_")
     return {1: "dv", 2: "dk", 3: "dkdv"}[kernel.GRADIENTS] if name == "dkdv" else name
 
@@ -113,7 +115,7 @@ class Entry(NamedTuple):
     name: str
     arch: str
     call: Call
-    kernel: backend.Kernel
+    kernel: Kernel
 
     def __str__(self) -> str:
         return " ".join(map(str, (self.name, self.arch, *self.call)))
@@ -125,7 +127,7 @@ def grid() -> list[Entry]:
     calls = [Call(kind, *dims) for kind in kinds for dims in HEAD_DIMS]
     # Their code differs in what no head dim changes, so one is enough.
     calls += [Call("odd", *HEAD_DIMS[0]), *(Call(kind, *HEAD_DIMS[0], "float16") for kind in kinds[:2])]
-    entries: dict[tuple[str, backend.Kernel], Entry] = {}
+    entries: dict[tuple[str, Kernel], Entry] = {}
     for arch, call in itertools.product(ARCHITECTURES, calls):
         for name, kernel in call.kernels(arch).items():
             if name != "tall decode" or call.kind == "plain":  # it differs from a forward in its tiles alone
@@ -163,7 +165,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="entries whose name matches this regular expression")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    backend.gpu = Gpus()
+    launch.gpu = Gpus()
     entries = [entry for entry in (quick() if arguments.quick else grid()) if re.search(arguments.only, str(entry))]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC holds no lock of Python's
         cells = list(pool.map(measure, entries))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyattn import jit
 from pyattn.backends import cuda
-from pyattn.backends.cuda import Kernel
+from pyattn.backends.cuda import launch
+from pyattn.backends.cuda.kernels import Kernel
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output
 
 GROUPS = (1, 4, 8)  # query heads to a key head: kernels of decode are made for one number, others take any
@@ -27,8 +28,8 @@ REST = (
 
 
 def archs() -> list[str]:
-    """What can be compiled for, by the names of ``cuda.arch_name``."""
-    return [cuda.arch_name(*divmod(x, 10)) for x in jit.nvrtc_archs() if x >= 80]
+    """What can be compiled for, by the names of ``launch.arch_name``."""
+    return [launch.arch_name(*divmod(x, 10)) for x in jit.nvrtc_archs() if x >= 80]
 
 
 def kernels(

@@ -22,6 +22,7 @@ import torch
 
 from pyattn import dispatch, jit
 from pyattn.backends import cuda
+from pyattn.backends.cuda import launch
 
 ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "csrc" / "emulator"
@@ -113,7 +114,7 @@ def library(file: str, name: str, defines: jit.Defines, sources: Path) -> Path:
     return _build(BUILD / f"{Path(file).stem}-{key}.so", source, COMPILE)
 
 
-class Emulator(cuda.Gpu):
+class Emulator(launch.Gpu):
     """The backend's GPU, on the CPU; ``sources`` are the kernels."""
 
     device_type = "cpu"
@@ -121,7 +122,7 @@ class Emulator(cuda.Gpu):
     def __init__(self, sources: Path = ROOT / "csrc" / "cuda") -> None:
         self.sources = sources
         self._driver = ctypes.CDLL(str(driver()))
-        cuda._native.cuda_open(str(driver()))
+        launch._native.cuda_open(str(driver()))
 
     def configure(self, racing: bool, seed: int = 0) -> None:
         self._driver.emulator_configure(ctypes.c_bool(racing), ctypes.c_uint32(seed))
@@ -148,7 +149,7 @@ class Emulator(cuda.Gpu):
         return contextlib.nullcontext()
 
 
-CACHES = (cuda._arch, cuda._loaded, dispatch.why_not, dispatch.choose, dispatch.select)
+CACHES = (launch.arch_of, launch.loaded, dispatch.why_not, dispatch.choose, dispatch.select)
 PLANS = (cuda.forward_plan, cuda.backward_plan)
 
 
@@ -168,5 +169,5 @@ def cleared(caches: tuple[Any, ...] = PLANS) -> Iterator[None]:
 def installed(sources: Path = ROOT / "csrc" / "cuda") -> Iterator[Emulator]:
     """The CUDA backend runs kernels from ``sources`` on the emulator within a ``with`` block."""
     emulator = Emulator(sources)
-    with cleared(CACHES + PLANS), mock.patch.object(cuda, "gpu", emulator):
+    with cleared(CACHES + PLANS), mock.patch.object(launch, "gpu", emulator):
         yield emulator

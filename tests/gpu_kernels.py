@@ -19,6 +19,7 @@ import torch
 import pyattn
 from pyattn import dispatch
 from pyattn.backends import cuda, triton
+from pyattn.backends.cuda import kernels as cuda_kernels
 from pyattn.testing import OUTPUTS, Case, check_case, forward_and_gradients, make_inputs, run
 
 ON_GPU = torch.cuda.is_available()
@@ -39,12 +40,12 @@ def triton_tiles() -> dict[str, Any]:
 
 
 CUDA_TILES = {
-    "forward": cuda.Tiles(32, 16, 2),
-    "decode": cuda.Tiles(16, 32, 1, 2),
-    "tall decode": cuda.Tiles(32, 16, 2),
-    "dkdv": cuda.Tiles(16, 32, 1, 2),
-    "dq": cuda.Tiles(32, 16, 2),
-    "dmask": cuda.Tiles(32, 16, 2),
+    "forward": cuda_kernels.Tiles(32, 16, 2),
+    "decode": cuda_kernels.Tiles(16, 32, 1, 2),
+    "tall decode": cuda_kernels.Tiles(32, 16, 2),
+    "dkdv": cuda_kernels.Tiles(16, 32, 1, 2),
+    "dq": cuda_kernels.Tiles(32, 16, 2),
+    "dmask": cuda_kernels.Tiles(32, 16, 2),
 }
 
 
@@ -75,8 +76,8 @@ class Kernels(NamedTuple):
                 if small_tiles:
                     stack.enter_context(mock.patch.object(cuda, "DECODE_ROWS", 8))
                     stack.enter_context(mock.patch.object(cuda, "SPLIT", 32))
-                    tiles = {name: (CUDA_TILES[name.removesuffix(", other")],) * 5 for name in cuda._TILES}
-                    stack.enter_context(mock.patch.dict(cuda._TILES, tiles))
+                    tiles = {name: (CUDA_TILES[name.removesuffix(", other")],) * 5 for name in cuda_kernels.TILES}
+                    stack.enter_context(mock.patch.dict(cuda_kernels.TILES, tiles))
                     stack.enter_context(emulator.cleared())
             yield
 

@@ -21,6 +21,8 @@ from gpu_kernels import DEVICE, GPU, MAX_HEAD_DIM, ON_GPU, Kernels, assert_same_
 import pyattn
 from pyattn import dispatch, jit
 from pyattn.backends import cuda
+from pyattn.backends.cuda import launch
+from pyattn.backends.cuda.kernels import LEAST_SHARED_BYTES, SHARED_BYTES, kernel_of, unordered
 from pyattn.testing import CASES, OUTPUTS, Case, check_case, make_inputs
 
 if not ON_GPU and not emulator.supported():
@@ -45,7 +47,7 @@ def kernels_of(case):
         sizes = (1, 1, 1, 1) if case.mask and case.mask.startswith("float") else None
         strides = tuple(x.stride for x in (problem.query, problem.query, *problem.tensors[:3]))
         launches += cuda.backward_plan(problem._replace(op="backward"), strides, sizes, True, True)
-    return {launch.kernel for launch in launches}
+    return {x.kernel for x in launches}
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +74,7 @@ def at_work(libraries):
 
 def configure(racing):
     if not ON_GPU:
-        cuda.gpu.configure(racing, seed=1)
+        launch.gpu.configure(racing, seed=1)
 
 
 # ---- conformance -------------------------------------------------------------------------------------------
@@ -110,15 +112,15 @@ def test_v_head_dims(D, Dv, queries, at_work):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a"])
 def test_kernels_fit_the_gpu(arch, monkeypatch):
-    limit = cuda._SHARED_BYTES.get(arch, cuda.LEAST_SHARED_BYTES)
+    limit = SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)
     for D, Dv, mask in itertools.product((64, 96, 128, 192, 256), (64, 96, 128, 192, 256), (0, 3)):
         macros = dict.fromkeys(emulator.FLAGS, 0) | {"ROWS": 1, "MASK": mask}
         macros.pop("UNORDERED"), macros.pop("GRADIENTS")
-        kernels = [cuda._kernel(op, (D, Dv), macros) for op in ("forward", "decode", "tall decode", "dkdv", "dq")]
-        assert all(kernel.shared_bytes <= cuda.LEAST_SHARED_BYTES for kernel in kernels), (D, Dv)
-        unordered = cuda._unordered(kernels[3], (D, Dv), macros, arch)
-        assert unordered is None or unordered.shared_bytes <= limit
-        assert unordered or (max(D, Dv) > 128 and limit == cuda.LEAST_SHARED_BYTES), (D, Dv)
+        kernels = [kernel_of(op, (D, Dv), macros) for op in ("forward", "decode", "tall decode", "dkdv", "dq")]
+        assert all(kernel.shared_bytes <= LEAST_SHARED_BYTES for kernel in kernels), (D, Dv)
+        both = unordered(kernels[3], (D, Dv), macros, arch)
+        assert both is None or both.shared_bytes <= limit
+        assert both or (max(D, Dv) > 128 and limit == LEAST_SHARED_BYTES), (D, Dv)
 
 
 def test_every_case_up_to_head_dim_256_is_computed(at_work):
@@ -169,7 +171,7 @@ def test_modes_do_not_change_the_bits(at_work):
     kwargs = make_inputs(BY_NAME["tiles, gqa"], torch.bfloat16, requires_grad=True)
     found = []
     for racing, seed in ((False, 0), (True, 1), (True, 2)):
-        cuda.gpu.configure(racing, seed)
+        launch.gpu.configure(racing, seed)
         found.append(Kernels("cuda", torch.bfloat16).results(kwargs, OUTPUTS))
     assert_same_bits(found[1], found[0])
     assert_same_bits(found[2], found[0])
@@ -257,12 +259,12 @@ def test_a_scale_that_is_a_little_off_is_caught(at_work, monkeypatch):
 
 def test_the_fields_of_params_are_those_of_the_header():
     """``_numbers`` asserts it of pointers; a number's order is the header's."""
-    numbers = list(cuda._numbers())
+    numbers = list(launch.numbers())
     assert numbers[0] == "query_b" and numbers[-1] == "grad_scale" and len(numbers) > 60
-    sizes = [{"q": 8, "i": 4, "f": 4}[code] for code in cuda._numbers().values()]
+    sizes = [{"q": 8, "i": 4, "f": 4}[code] for code in launch.numbers().values()]
     assert sizes == sorted(sizes, reverse=True), "a field of 4 bytes before one of 8 would be padded"
     with pytest.raises(AssertionError, match=r"params.cuh has no .*nonsense"):
-        cuda._pack_numbers({"nonsense": 1})
+        launch.pack_numbers({"nonsense": 1})
 
 
 @on_emulator
@@ -270,10 +272,10 @@ def test_a_plain_call_is_one_launch(at_work):
     kwargs = make_inputs(BY_NAME["causal"], torch.bfloat16)
     configure(racing=False)
     Kernels("cuda", torch.bfloat16).run(kwargs)
-    assert cuda.gpu.launches() == 1
+    assert launch.gpu.launches() == 1
     configure(racing=False)
     Kernels("cuda", torch.bfloat16).run(make_inputs(BY_NAME["decode"], torch.bfloat16))
-    assert cuda.gpu.launches() == 2  # the parts, and their sum
+    assert launch.gpu.launches() == 2  # the parts, and their sum
 
 
 @on_emulator
@@ -283,28 +285,28 @@ def test_lengths_and_offsets_need_no_other_kernel(at_work):
     for length, causal in itertools.product([*range(65, 90), 128, 256, 1000, 4097], (False, True)):
         case = Case("length", B=1, Hq=1, Hkv=1, Lq=length, Lk=length, causal=causal)
         problem = pyattn.explain(**make_inputs(case, torch.bfloat16)).problem
-        kernels |= {launch.kernel for launch in cuda.forward_plan(problem, problem.query.stride, True).launches}
+        kernels |= {x.kernel for x in cuda.forward_plan(problem, problem.query.stride, True).launches}
     assert len(kernels) == 1
 
 
 @on_emulator
 def test_an_error_of_the_driver_is_raised(at_work):
     with pytest.raises(RuntimeError, match=r"cuLibraryLoadData: CUDA error 999.*nowhere"):
-        cuda._native.CudaKernel(b"/nowhere.so", "attention_fwd", 128, 0)
-    kernel = cuda._kernel("forward", (64, 64), dict.fromkeys(emulator.FLAGS, 0) | {"ROWS": 1})
-    code = cuda.gpu.cubin(kernel.file, kernel.defines, "sm_80")
+        launch._native.CudaKernel(b"/nowhere.so", "attention_fwd", 128, 0)
+    kernel = kernel_of("forward", (64, 64), dict.fromkeys(emulator.FLAGS, 0) | {"ROWS": 1})
+    code = launch.gpu.cubin(kernel.file, kernel.defines, "sm_80")
     with pytest.raises(RuntimeError, match="there is no kernel attention_bwd"):
-        cuda._native.CudaKernel(code, "attention_bwd", 128, 0)
-    loaded = cuda._native.CudaKernel(code, kernel.name, kernel.threads, kernel.shared_bytes)
+        launch._native.CudaKernel(code, "attention_bwd", 128, 0)
+    loaded = launch._native.CudaKernel(code, kernel.name, kernel.threads, kernel.shared_bytes)
     with pytest.raises(RuntimeError, match=r"at most 2\^31 - 1 blocks"):
         loaded.launch(2**31, 0, bytes(2048))
 
 
 def test_a_driver_that_is_not_there():
     with pytest.raises(RuntimeError, match="the CUDA driver cannot be opened"):
-        cuda._native.cuda_open("libcuda-that-is-not-there.so")
+        launch._native.cuda_open("libcuda-that-is-not-there.so")
     with pytest.raises(RuntimeError, match="has no cuGetErrorString"):
-        cuda._native.cuda_open(ctypes.util.find_library("m") or "libm.so.6")
+        launch._native.cuda_open(ctypes.util.find_library("m") or "libm.so.6")
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs a machine without a GPU")
@@ -322,4 +324,4 @@ def test_reasons_are_named(at_work):
 def test_a_missing_nvrtc_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(jit, "unavailable", lambda: ["NVRTC cannot be loaded"])
-    assert cuda.Gpu().unavailable() == ["NVRTC cannot be loaded"]
+    assert launch.Gpu().unavailable() == ["NVRTC cannot be loaded"]

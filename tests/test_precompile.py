@@ -11,6 +11,7 @@ import torch
 
 from pyattn import cli, jit, precompile
 from pyattn.backends import cuda
+from pyattn.backends.cuda import launch
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem
 
 SMALL = ("--arch", "sm_80", "--head-dims", "64")
@@ -168,7 +169,7 @@ def test_architectures_are_those_that_the_backend_asks_for(cache, monkeypatch):
     assert {"sm_80", "sm_90a"} <= set(archs)
     for number, arch in zip((x for x in jit.nvrtc_archs() if x >= 80), archs, strict=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, number=number: divmod(number, 10))
-        assert cuda.Gpu().arch(torch.device("cuda", 0)) == arch
+        assert launch.Gpu().arch(torch.device("cuda", 0)) == arch
 
 
 # ---- what cannot be ------------------------------------------------------------------------------------------

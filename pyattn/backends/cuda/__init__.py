@@ -9,270 +9,30 @@ from __future__ import annotations
 import functools
 import math
 import re
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyattn import jit
+from pyattn.backends.cuda import launch
+from pyattn.backends.cuda.kernels import Kernel, combine_kernel, kernel_of, preprocess_kernel, unordered
+from pyattn.backends.cuda.launch import Addresses, Launch, arch_of, pack_numbers, run, unavailable
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, empty_output, lse_shape, sink_gradient
 
-try:
-    from pyattn import _native
-except ImportError as error:  # reported by `unavailable`, never at import
-    _native = None  # type: ignore[assignment]
-    _import_error = str(error)
+__all__ = ["backward", "backward_plan", "describe", "forward", "forward_plan", "unavailable", "why_not"]
 
 MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**30  # rows and keys are counted in 32 bits, with room for an offset
 DECODE_ROWS = 64  # query heads times queries of a key head, up to which keys are split
 SPLIT = 512  # keys of a part: bits depend neither on the batch nor on the GPU
-_COLUMNS = (64, 96, 128, 192, 256)  # of tiles; the head dim is padded with zeros in shared memory
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _LOG2E = math.log2(math.e)
 _UNLIMITED = 2**62
 _FARTHEST = 2**61  # of a window that has a side
 
 
-# ---- the GPU -------------------------------------------------------------------------------------------------
-
-
-def arch_name(major: int, minor: int) -> str:
-    """The architecture of a compute capability, with all that is special to it: "sm_80", "sm_90a"."""
-    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
-
-
-class Gpu:
-    """Where kernels run. The tests put an emulator in its place."""
-
-    device_type = "cuda"
-
-    def unavailable(self) -> list[str]:
-        if not torch.cuda.is_available():
-            return ["torch finds no GPU"]
-        if torch.version.hip is not None:
-            return ["runs on NVIDIA GPUs, this torch is for AMD's"]
-        if reasons := jit.unavailable():
-            return reasons
-        try:
-            _native.cuda_open("libcuda.so.1")
-        except RuntimeError as error:
-            return [str(error)]
-        driver = _native.cuda_driver_version() // 1000
-        if (nvrtc := jit.nvrtc_version()[0]) > driver:
-            return [f"NVRTC {nvrtc} makes code for a newer driver than this one, which is for CUDA {driver}"]
-        return []
-
-    def arch(self, device: torch.device) -> str:
-        return arch_name(*torch.cuda.get_device_capability(device))
-
-    def cubin(self, file: str, defines: jit.Defines, arch: str) -> bytes:
-        return jit.cubin(file, defines, arch)
-
-    def stream(self, device: torch.device) -> int:
-        return torch._C._cuda_getCurrentRawStream(device.index)
-
-    def guard(self, device: torch.device) -> Any:
-        return torch.cuda.device(device)
-
-
-gpu = Gpu()
-
-
-@functools.cache
-def _arch(device: torch.device) -> str:
-    return gpu.arch(device)
-
-
-# ---- kernels -------------------------------------------------------------------------------------------------
-
-
-class Tiles(NamedTuple):
-    """The shape of a kernel's tiles, and its warps along rows and keys."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    WARPS_M: int
-    WARPS_N: int = 1
-
-    def __str__(self) -> str:
-        return f"tiles of {self.BLOCK_M} rows x {self.BLOCK_N} keys, {self.WARPS_M} x {self.WARPS_N} warps"
-
-
-class Kernel(NamedTuple):
-    """A specialisation: what ``jit`` compiles, and how it is started. Fields in capitals are macros of tile.cuh."""
-
-    file: str
-    name: str
-    shared_bytes: int
-    tiles: Tiles
-    BLOCK_D: int
-    BLOCK_DV: int
-    BF16: int
-    ALIGNED: int = 1
-    ROWS: int = 1
-    PAGE_SIZE: int = 0
-    MASK: int = 0
-    ALIBI: int = 0
-    SOFTCAP: int = 0
-    DROPOUT: int = 0
-    NEGATIVE: int = 0
-    GRADIENTS: int = 3  # 1 of values, 2 of keys
-    UNORDERED: int = 0
-
-    @property
-    def defines(self) -> dict[str, int]:
-        return {**self.tiles._asdict(), **{name: x for name, x in self._asdict().items() if name.isupper()}}
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.tiles.WARPS_M * self.tiles.WARPS_N
-
-
-# By kernel: for tiles of 64, 96, 128, 192 and 256 columns, the larger of D and Dv. A thread holds its part of the
-# scores and of the sums in at most 255 registers; "other" are calls that do more with a score than to scale it, or that
-# look up pages.
-_TILES = {
-    "forward": (Tiles(128, 128, 4), Tiles(128, 48, 4), Tiles(128, 64, 4), Tiles(128, 64, 8), Tiles(64, 64, 4)),
-    "forward, other": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
-    "decode": (Tiles(16, 64, 1, 4),) * 5,
-    "decode, other": (Tiles(16, 64, 1, 4),) * 5,
-    "tall decode": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
-    "tall decode, other": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
-    "dkdv": (
-        Tiles(64, 128, 1, 8),
-        Tiles(64, 128, 1, 8),
-        Tiles(32, 128, 1, 8),
-        Tiles(16, 64, 1, 4),
-        Tiles(16, 64, 1, 4),
-    ),
-    "dkdv, other": (
-        Tiles(32, 64, 1, 4),
-        Tiles(32, 64, 1, 4),
-        Tiles(32, 64, 1, 4),
-        Tiles(16, 64, 1, 4),
-        Tiles(16, 64, 1, 4),
-    ),
-    "dq": (Tiles(128, 32, 4), Tiles(128, 32, 4), Tiles(128, 32, 8), Tiles(64, 32, 4), Tiles(64, 16, 4)),
-    "dq, other": (Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4)),
-    "dmask, other": (Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4), Tiles(64, 16, 4)),
-}
-# Shared memory of a block, in bytes; every kernel fits the least but those that are UNORDERED.
-LEAST_SHARED_BYTES = 99 * 1024
-_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_87": 163 * 1024} | dict.fromkeys(("sm_90a", "sm_100a", "sm_103a"), 227 * 1024)
-_BY_ROW = Tiles(1, 1, 4)  # four warps, and no tiles
-
-
-@functools.cache
-def _loaded(kernel: Kernel, device: torch.device) -> Any:
-    code = gpu.cubin(kernel.file, kernel.defines, _arch(device))
-    return _native.CudaKernel(code, kernel.name, kernel.threads, kernel.shared_bytes)
-
-
-def _columns(head_dim: int) -> int:
-    return next(columns for columns in _COLUMNS if columns >= head_dim)
-
-
-def _kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
-    """The kernel of ``op``, for D and Dv."""
-    other = any(macros[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE", "PAGE_SIZE"))
-    return _kernel_with(f"{op}, other" if other else op, op, head_dims, macros)
-
-
-def _kernel_with(tiles_of: str, op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
-    D, Dv = map(_columns, head_dims)
-    tiles = _TILES[tiles_of][_COLUMNS.index(max(D, Dv))]
-    rows, keys = (2 * block * (D + Dv) for block in tiles[:2])  # bytes of query and grad_out, and of key and value
-    terms = 8 * tiles.BLOCK_M  # of lse and delta
-    merged = (
-        128 * (tiles.WARPS_N - 1) * (tiles.BLOCK_M // 16) * (Dv // 2 + 4)
-    )  # what warps along the keys tell the first
-    name, shared = {
-        "dkdv": ("attention_bwd_dkdv", keys + 2 * (rows + terms)),
-        "dq": ("attention_bwd_dq", rows + terms + 2 * keys),
-        "dmask": ("attention_bwd_dmask", rows + terms + keys),
-    }.get(op, ("attention_fwd", 2 * tiles.BLOCK_M * D + max(keys, merged)))
-    return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
-
-
-def _unordered(kernel: Kernel, head_dims: tuple[int, int], macros: dict[str, int], arch: str) -> Kernel | None:
-    """The kernel of keys and values that finds the query's gradient, too, if the GPU has the shared memory for it."""
-    for candidate in (kernel, _kernel_with("dkdv, other", "dkdv", head_dims, macros)):
-        shared = candidate.shared_bytes + 2 * candidate.tiles.BLOCK_N * max(candidate.tiles.BLOCK_M, 32)
-        if shared <= _SHARED_BYTES.get(arch, LEAST_SHARED_BYTES):
-            return candidate._replace(shared_bytes=shared, UNORDERED=1)
-    return None
-
-
-# ---- arguments -----------------------------------------------------------------------------------------------
-
-
-class Addresses(NamedTuple):
-    """The pointers of ``struct Params``, in their order; 0 is null."""
-
-    query: int = 0
-    key: int = 0
-    value: int = 0
-    out: int = 0
-    lse: int = 0
-    partial_out: int = 0
-    partial_lse: int = 0
-    mask: int = 0
-    alibi_slopes: int = 0
-    sinks: int = 0
-    q_offsets: int = 0
-    kv_lengths: int = 0
-    kv_starts: int = 0
-    block_table: int = 0
-    cu_seqlens_q: int = 0
-    cu_seqlens_k: int = 0
-    seed: int = 0
-    grad_out: int = 0
-    grad_lse: int = 0
-    delta: int = 0
-    grad_query: int = 0
-    grad_key: int = 0
-    grad_value: int = 0
-    query_sums: int = 0
-    grad_mask: int = 0
-
-
-@functools.cache
-def _numbers() -> dict[str, str]:
-    """The other fields of ``struct Params``, as params.cuh declares them, with their codes for ``struct.pack``."""
-    text = (jit.SOURCES / "params.cuh").read_text()
-    fields = re.findall(r"^  (.+?)(\w+);", text, re.MULTILINE)
-    pointers = tuple(name for kind, name in fields if "*" in kind)
-    assert pointers == Addresses._fields, f"params.cuh and Addresses differ: {pointers}"
-    return {
-        name: {"int64_t": "q", "int32_t": "i", "float": "f"}[kind.strip()] for kind, name in fields if "*" not in kind
-    }
-
-
-_pack_addresses = struct.Struct(f"={len(Addresses._fields)}Q").pack
-
-
-def _pack_numbers(numbers: dict[str, float]) -> bytes:
-    codes = _numbers()
-    unknown = numbers.keys() - codes.keys()
-    assert not unknown, f"params.cuh has no {unknown}"
-    packed = struct.pack("=" + "".join(codes.values()), *(numbers.get(name, 0) for name in codes))
-    return packed + bytes(-len(packed) % 8)  # as a struct with fields of 8 bytes ends
-
-
-class Launch(NamedTuple):
-    """A kernel, and all that it is called with but addresses."""
-
-    kernel: Kernel
-    blocks: int
-    numbers: bytes
-
-    def run(self, addresses: Addresses, device: torch.device) -> None:
-        if self.blocks:
-            params = _pack_addresses(*addresses) + self.numbers
-            _loaded(self.kernel, device).launch(self.blocks, gpu.stream(device), params)
+# ---- what a call takes ---------------------------------------------------------------------------------------
 
 
 def _strides(name: str, stride: Sequence[int]) -> dict[str, int]:
@@ -391,22 +151,13 @@ def _with_dense_vectors(t: AttentionTensors) -> AttentionTensors:
     return t._replace(**{name: x.contiguous() for name in _DENSE if (x := getattr(t, name)) is not None})
 
 
-# ---- what a call takes ---------------------------------------------------------------------------------------
-
-
-def unavailable() -> list[str]:
-    if _native is None:
-        return [f"the extension pyattn._native is missing ({_import_error})"]
-    return gpu.unavailable()
-
-
 def why_not(problem: Problem) -> list[str]:
     reasons = []
     query = problem.query
-    if query.device.type != gpu.device_type:
+    if query.device.type != launch.gpu.device_type:
         reasons.append(f"runs on GPU tensors, these are on {query.device.type}")
-    elif int(re.sub(r"\D", "", _arch(query.device))) < 80:
-        reasons.append(f"needs compute capability 8.0, this GPU is {_arch(query.device)}")
+    elif int(re.sub(r"\D", "", arch_of(query.device))) < 80:
+        reasons.append(f"needs compute capability 8.0, this GPU is {arch_of(query.device)}")
     if query.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"multiplies bfloat16 and float16, the input is {str(query.dtype).removeprefix('torch.')}")
     for name, meta in (("D", query), ("Dv", problem.value)):
@@ -470,17 +221,15 @@ def forward_plan(problem: Problem, out_stride: tuple[int, ...], aligned: bool) -
         if problem.packed and spec.max_seqlen_k is not None:
             max_keys = spec.max_seqlen_k
         num_splits = max(-(-max_keys // SPLIT), 1)
-    kernel = _kernel(kind, (query.shape[-1], Dv), macros)
+    kernel = kernel_of(kind, (query.shape[-1], Dv), macros)
     numbers |= _slots(query, _meta(problem, "cu_seqlens_q"), kernel.ROWS, kernel.tiles.BLOCK_M)
     numbers |= {"num_splits": num_splits, "split": SPLIT}
     blocks = numbers["slots"] * (Hq // kernel.ROWS) * num_splits
-    launches = [Launch(kernel, blocks, _pack_numbers(numbers))]
+    launches = [Launch(kernel, blocks, pack_numbers(numbers))]
     if num_splits > 1:
         numbers["Lq"] = lse_shape_of(problem)[-1]
-        columns = _columns(Dv)
-        combine = Kernel("attention_decode.cuh", "attention_combine", 16 * (columns + 1), _BY_ROW, 64, columns,
-                         macros["BF16"])  # fmt: skip
-        launches.append(Launch(combine, numbers["num_rows"], _pack_numbers(numbers)))
+        combine = combine_kernel(Dv, macros["BF16"])
+        launches.append(Launch(combine, numbers["num_rows"], pack_numbers(numbers)))
     return ForwardPlan(tuple(launches), num_splits)
 
 
@@ -495,15 +244,8 @@ def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
         partial_lse = lse.new_empty((plan.num_splits, *lse.shape))
         partial_out = lse.new_empty((*partial_lse.shape, out.shape[-1]))
         addresses = addresses._replace(partial_out=partial_out.data_ptr(), partial_lse=partial_lse.data_ptr())
-    _run(plan.launches, addresses, t.query.device)
+    run(plan.launches, addresses, t.query.device)
     return out, lse
-
-
-def _run(launches: Sequence[Launch], addresses: Addresses, device: torch.device) -> None:
-    """On the current stream of the tensors' device."""
-    with gpu.guard(device):
-        for launch in launches:
-            launch.run(addresses, device)
 
 
 # ---- backward ------------------------------------------------------------------------------------------------
@@ -524,28 +266,29 @@ def backward_plan(
         numbers |= _strides(name, stride)
     head_dims = (query.shape[-1], problem.value.shape[-1])
 
-    def launch(kernel: Kernel, blocks: int, more: dict[str, int]) -> Launch:
-        return Launch(kernel, blocks, _pack_numbers(numbers | more))
+    def start(kernel: Kernel, blocks: int, more: dict[str, int]) -> Launch:
+        return Launch(kernel, blocks, pack_numbers(numbers | more))
 
-    preprocess = Kernel("attention_bwd_preprocess.cuh", "attention_bwd_preprocess", 0, _BY_ROW, 64, 64, macros["BF16"])
-    launches = [launch(preprocess, -(-numbers["num_rows"] // 4), {"Lq": lse_shape_of(problem)[-1]})]
-    dkdv = _kernel("dkdv", head_dims, macros)
-    unordered = None if ordered else _unordered(dkdv, head_dims, macros, _arch(query.device))
-    dkdv = unordered or dkdv
+    launches = [
+        start(preprocess_kernel(macros["BF16"]), -(-numbers["num_rows"] // 4), {"Lq": lse_shape_of(problem)[-1]})
+    ]
+    dkdv = kernel_of("dkdv", head_dims, macros)
+    both = None if ordered else unordered(dkdv, head_dims, macros, arch_of(query.device))
+    dkdv = both or dkdv
     slots = _slots(key, _meta(problem, "cu_seqlens_k"), 1, dkdv.tiles.BLOCK_N)
     if max(dkdv.BLOCK_D, dkdv.BLOCK_DV) > 192:  # the sums of both do not fit a thread's registers
-        launches.append(launch(dkdv._replace(GRADIENTS=1, UNORDERED=0), slots["slots"] * key.shape[1], slots))
+        launches.append(start(dkdv._replace(GRADIENTS=1, UNORDERED=0), slots["slots"] * key.shape[1], slots))
         dkdv = dkdv._replace(GRADIENTS=2)
-    launches.append(launch(dkdv, slots["slots"] * key.shape[1], slots))
-    if unordered is None:
-        dq = _kernel("dq", head_dims, macros)
+    launches.append(start(dkdv, slots["slots"] * key.shape[1], slots))
+    if both is None:
+        dq = kernel_of("dq", head_dims, macros)
         slots = _slots(query, _meta(problem, "cu_seqlens_q"), 1, dq.tiles.BLOCK_M)
-        launches.append(launch(dq, slots["slots"] * query.shape[1], slots))
+        launches.append(start(dq, slots["slots"] * query.shape[1], slots))
     if mask_sizes is not None:
-        dmask = _kernel("dmask", head_dims, macros)
+        dmask = kernel_of("dmask", head_dims, macros)
         B, H, Lq, Lk = mask_sizes
         blocks = B * H * -(-Lq // dmask.tiles.BLOCK_M) * -(-Lk // dmask.tiles.BLOCK_N)
-        launches.append(launch(dmask, blocks, {"mask_B": B, "mask_H": H, "mask_Lq": Lq, "mask_Lk": Lk}))
+        launches.append(start(dmask, blocks, {"mask_B": B, "mask_H": H, "mask_Lq": Lq, "mask_Lk": Lk}))
     return tuple(launches)
 
 
@@ -593,7 +336,7 @@ def backward(
     if any(launch.kernel.UNORDERED for launch in launches):
         query_sums = lse.new_zeros((*lse.shape, t.query.shape[-1]))
         addresses = addresses._replace(query_sums=query_sums.data_ptr())
-    _run(launches, addresses, t.query.device)
+    run(launches, addresses, t.query.device)
     if query_sums is not None:
         grads[0].copy_(query_sums.transpose(0, 1) if problem.packed else query_sums)
     return *grads, grad_mask, None if t.sinks is None else sink_gradient(t.sinks, lse, delta)
@@ -605,10 +348,10 @@ def backward(
 def describe(problem: Problem) -> str:
     head_dims = (problem.query.shape[-1], problem.value.shape[-1])
     macros, _ = _common(problem, True)
-    arch = _arch(problem.query.device)
+    arch = arch_of(problem.query.device)
     if problem.op == "backward":
-        keys, queries = (_kernel(op, head_dims, macros) for op in ("dkdv", "dq"))
-        if not problem.spec.deterministic and (both := _unordered(keys, head_dims, macros, arch)):
+        keys, queries = (kernel_of(op, head_dims, macros) for op in ("dkdv", "dq"))
+        if not problem.spec.deterministic and (both := unordered(keys, head_dims, macros, arch)):
             return f"{arch}, keys, and queries in any order: {both.tiles}"
         return f"{arch}, keys: {keys.tiles}; queries: {queries.tiles}"
     plan = forward_plan(problem, problem.query.stride, True)

@@ -1,0 +1,129 @@
+"""The kernels of ``csrc/cuda``: which specialisation computes what, with which tiles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_COLUMNS = (64, 96, 128, 192, 256)  # of tiles; the head dim is padded with zeros in shared memory
+
+
+class Tiles(NamedTuple):
+    """The shape of a kernel's tiles, and its warps along rows and keys."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    WARPS_M: int
+    WARPS_N: int = 1
+
+    def __str__(self) -> str:
+        return f"tiles of {self.BLOCK_M} rows x {self.BLOCK_N} keys, {self.WARPS_M} x {self.WARPS_N} warps"
+
+
+class Kernel(NamedTuple):
+    """A specialisation: what ``jit`` compiles, and how it is started. Fields in capitals are macros of tile.cuh."""
+
+    file: str
+    name: str
+    shared_bytes: int
+    tiles: Tiles
+    BLOCK_D: int
+    BLOCK_DV: int
+    BF16: int
+    ALIGNED: int = 1
+    ROWS: int = 1
+    PAGE_SIZE: int = 0
+    MASK: int = 0
+    ALIBI: int = 0
+    SOFTCAP: int = 0
+    DROPOUT: int = 0
+    NEGATIVE: int = 0
+    GRADIENTS: int = 3  # 1 of values, 2 of keys
+    UNORDERED: int = 0
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {**self.tiles._asdict(), **{name: x for name, x in self._asdict().items() if name.isupper()}}
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.tiles.WARPS_M * self.tiles.WARPS_N
+
+
+# By kernel: for tiles of 64, 96, 128, 192 and 256 columns, the larger of D and Dv. A thread holds its part of the
+# scores and of the sums in at most 255 registers; "other" are calls that do more with a score than to scale it, or that
+# look up pages.
+TILES = {
+    "forward": (Tiles(128, 128, 4), Tiles(128, 48, 4), Tiles(128, 64, 4), Tiles(128, 64, 8), Tiles(64, 64, 4)),
+    "forward, other": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
+    "decode": (Tiles(16, 64, 1, 4),) * 5,
+    "decode, other": (Tiles(16, 64, 1, 4),) * 5,
+    "tall decode": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
+    "tall decode, other": (Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4)),
+    "dkdv": (
+        Tiles(64, 128, 1, 8),
+        Tiles(64, 128, 1, 8),
+        Tiles(32, 128, 1, 8),
+        Tiles(16, 64, 1, 4),
+        Tiles(16, 64, 1, 4),
+    ),
+    "dkdv, other": (
+        Tiles(32, 64, 1, 4),
+        Tiles(32, 64, 1, 4),
+        Tiles(32, 64, 1, 4),
+        Tiles(16, 64, 1, 4),
+        Tiles(16, 64, 1, 4),
+    ),
+    "dq": (Tiles(128, 32, 4), Tiles(128, 32, 4), Tiles(128, 32, 8), Tiles(64, 32, 4), Tiles(64, 16, 4)),
+    "dq, other": (Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4)),
+    "dmask, other": (Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4), Tiles(64, 16, 4)),
+}
+# Shared memory of a block, in bytes; every kernel fits the least but those that are UNORDERED.
+LEAST_SHARED_BYTES = 99 * 1024
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_87": 163 * 1024} | dict.fromkeys(("sm_90a", "sm_100a", "sm_103a"), 227 * 1024)
+_BY_ROW = Tiles(1, 1, 4)  # four warps, and no tiles
+
+
+def _columns(head_dim: int) -> int:
+    return next(columns for columns in _COLUMNS if columns >= head_dim)
+
+
+def kernel_of(op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
+    """The kernel of ``op``, for D and Dv."""
+    other = any(macros[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE", "PAGE_SIZE"))
+    return _kernel_with(f"{op}, other" if other else op, op, head_dims, macros)
+
+
+def _kernel_with(tiles_of: str, op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
+    D, Dv = map(_columns, head_dims)
+    tiles = TILES[tiles_of][_COLUMNS.index(max(D, Dv))]
+    rows, keys = (2 * block * (D + Dv) for block in tiles[:2])  # bytes of query and grad_out, and of key and value
+    terms = 8 * tiles.BLOCK_M  # of lse and delta
+    merged = (
+        128 * (tiles.WARPS_N - 1) * (tiles.BLOCK_M // 16) * (Dv // 2 + 4)
+    )  # what warps along the keys tell the first
+    name, shared = {
+        "dkdv": ("attention_bwd_dkdv", keys + 2 * (rows + terms)),
+        "dq": ("attention_bwd_dq", rows + terms + 2 * keys),
+        "dmask": ("attention_bwd_dmask", rows + terms + keys),
+    }.get(op, ("attention_fwd", 2 * tiles.BLOCK_M * D + max(keys, merged)))
+    return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
+
+
+def unordered(kernel: Kernel, head_dims: tuple[int, int], macros: dict[str, int], arch: str) -> Kernel | None:
+    """The kernel of keys and values that finds the query's gradient, too, if the GPU has the shared memory for it."""
+    for candidate in (kernel, _kernel_with("dkdv, other", "dkdv", head_dims, macros)):
+        shared = candidate.shared_bytes + 2 * candidate.tiles.BLOCK_N * max(candidate.tiles.BLOCK_M, 32)
+        if shared <= SHARED_BYTES.get(arch, LEAST_SHARED_BYTES):
+            return candidate._replace(shared_bytes=shared, UNORDERED=1)
+    return None
+
+
+def combine_kernel(v_head_dim: int, BF16: int) -> Kernel:
+    """What adds up the parts of decode."""
+    columns = _columns(v_head_dim)
+    return Kernel("attention_decode.cuh", "attention_combine", 16 * (columns + 1), _BY_ROW, 64, columns, BF16)
+
+
+def preprocess_kernel(BF16: int) -> Kernel:
+    """What makes delta."""
+    return Kernel("attention_bwd_preprocess.cuh", "attention_bwd_preprocess", 0, _BY_ROW, 64, 64, BF16)
