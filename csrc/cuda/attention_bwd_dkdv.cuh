@@ -1,16 +1,15 @@
 // The gradients of keys and values for sm_80 and later. A block owns BLOCK_N keys of one sample and key head and goes
 // over the rows that see them, in each query head of the group: every gradient has one owner, so there are no atomics.
 //
-//   tiles and warps (pyattn/backends/cuda.py chooses)        registers of a thread for dK, dV, S, dP
-//     D    64   128 keys x 32 rows, 4 warps of 32 keys        64 +  64 + 32 + 32
+//   tiles and warps (pyattn/backends/cuda/kernels.py)        registers of a thread for dK, dV, S, dP
+//     D    64   128 keys x 64 rows, 8 warps of 16 keys        32 +  32 + 32 + 32
 //     D    96   128 keys x 64 rows, 8 warps of 16 keys        48 +  48 + 32 + 32
 //     D   128   128 keys x 32 rows, 8 warps of 16 keys        64 +  64 + 16 + 16
-//     D   192    64 keys x 32 rows, 4 warps of 16 keys        96 +  96 + 16 + 16
+//     D   192    64 keys x 16 rows, 4 warps of 16 keys        96 +  96 +  8 +  8
 //     D   256    64 keys x 16 rows, 4 warps of 16 keys       128 or 128 + 8 + 8: in two passes, see GRADIENTS
 //
-//   shared memory: key [BLOCK_N, D], value [BLOCK_N, Dv]; two of query [BLOCK_M, D], grad_out [BLOCK_M, Dv], lse,
-//   delta;
-//                  with UNORDERED dS^T [BLOCK_N, BLOCK_M]
+//   shared memory: key [BLOCK_N, D], value [BLOCK_N, Dv]; two of each: query [BLOCK_M, D], grad_out [BLOCK_M, Dv], lse
+//                  and delta; with UNORDERED dS^T [BLOCK_N, BLOCK_M]
 //
 // Tiles are transposed: a warp has its own keys as the rows of S^T = K Q^T and dP^T = V dO^T, and so P^T and dS^T are
 // left operands of dV += P^T dO and dK += dS^T Q as they are, in registers. While a tile of rows is worked on the next

@@ -1,7 +1,7 @@
 // The gradient of the query for sm_80 and later. A block owns BLOCK_M rows of one sample and head and goes over the
 // keys that they see, as in the forward.
 //
-//   tiles and warps (pyattn/backends/cuda.py chooses)        registers of a thread for dQ, S, dP
+//   tiles and warps (pyattn/backends/cuda/kernels.py)        registers of a thread for dQ, S, dP
 //     D    64   128 rows x 64 keys, 4 warps of 32 rows        64 + 64 + 64
 //     D    96   128 rows x 32 keys, 4 warps of 32 rows        96 + 32 + 32
 //     D   128   128 rows x 32 keys, 8 warps of 16 rows        64 + 16 + 16

@@ -4,7 +4,7 @@
 // head are rows of one tile, and with `split` a block sees a part of the keys and leaves a partial result
 // (attention_decode.cuh adds them up): so few queries against many keys still fill a GPU.
 //
-//   tiles and warps (pyattn/backends/cuda.py chooses)            registers of a thread for out and scores
+//   tiles and warps (pyattn/backends/cuda/kernels.py)            registers of a thread for out and scores
 //     D    64   128 x 128, 4 x 1 warps of 32 rows                 64 + 128
 //     D    96   128 x  48, 4 x 1 warps of 32 rows                 96 +  48
 //     D   128   128 x  64, 4 x 1 warps of 32 rows                128 +  64

@@ -1,6 +1,6 @@
-// What a kernel is given at run time. pyattn/backends/cuda.py reads the fields from this file, one a line, and fills
-// them by name: 8-byte ones come first, so nothing is padded between them. Strides are in elements; a pointer may be
-// null where "or null" stands. What is fixed when a kernel is compiled stands at the head of tile.cuh.
+// What a kernel is given at run time. pyattn/backends/cuda/launch.py reads the fields from this file, one a line, and
+// fills them by name: 8-byte ones come first, so nothing is padded between them. Strides are in elements; a pointer may
+// be null where "or null" stands. What is fixed when a kernel is compiled stands at the head of tile.cuh.
 #pragma once
 #include "prim.cuh"
 
