@@ -86,9 +86,13 @@ class Problem(NamedTuple):
     def value(self) -> TensorMeta:
         return self.tensors[2]  # type: ignore[return-value]
 
+    def meta(self, name: str) -> TensorMeta | None:
+        """Of the optional tensor ``name``, a field of AttentionTensors."""
+        return self.tensors[AttentionTensors._fields.index(name)]
+
     def has(self, name: str) -> bool:
-        """Whether the optional tensor ``name`` (a field of AttentionTensors) is given."""
-        return self.tensors[AttentionTensors._fields.index(name)] is not None
+        """Whether the optional tensor ``name`` is given."""
+        return self.meta(name) is not None
 
     @property
     def packed(self) -> bool:
@@ -102,9 +106,7 @@ class Problem(NamedTuple):
     @property
     def key_length(self) -> int:
         """Lk, the total of a packed batch, or what the block table can address."""
-        if self.has("block_table"):
-            table = self.tensors[AttentionTensors._fields.index("block_table")]
-            assert table is not None
+        if (table := self.meta("block_table")) is not None:
             return table.shape[1] * self.key.shape[2]
         return self.key.shape[0 if self.packed else 2]
 
@@ -119,9 +121,9 @@ def empty_output(query: Tensor, v_head_dim: int) -> Tensor:
     return query.new_empty(shape).permute(*inverse, query.dim() - 1)
 
 
-def lse_shape(query: Tensor) -> tuple[int, ...]:
+def lse_shape(query: Tensor | TensorMeta) -> tuple[int, ...]:
     """``[B, Hq, Lq]``; packed ``[Hq, total_q]``."""
-    return (query.shape[1], query.shape[0]) if query.dim() == 3 else query.shape[:3]
+    return (query.shape[1], query.shape[0]) if len(query.shape) == 3 else query.shape[:3]
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -46,17 +46,13 @@ def _steps(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
     return [step for size, step in zip(shape[:-1], stride[:-1], strict=True) if size != 1]
 
 
-def _meta(problem: Problem, name: str) -> TensorMeta | None:
-    return problem.tensors[AttentionTensors._fields.index(name)]
-
-
 def _common(problem: Problem, aligned: bool) -> tuple[dict[str, int], dict[str, Any]]:
     """The macros, and the numbers by their names in params.cuh, that every kernel takes.
 
     ``aligned``: whether query, key and value begin at multiples of 16 bytes.
     """
     spec, (query, key, value) = problem.spec, (problem.query, problem.key, problem.value)
-    mask, slopes, table = (_meta(problem, name) for name in ("attn_mask", "alibi_slopes", "block_table"))
+    mask, slopes, table = (problem.meta(name) for name in ("attn_mask", "alibi_slopes", "block_table"))
     mask_type = 0 if mask is None else {torch.bool: 1, query.dtype: 2, torch.float32: 3}[mask.dtype]
     sizes = [x for meta in (query, key, value) for x in (meta.shape[-1], *_steps(meta.shape, meta.stride))]
     macros = {
@@ -69,7 +65,7 @@ def _common(problem: Problem, aligned: bool) -> tuple[dict[str, int], dict[str, 
         "DROPOUT": int(problem.has("dropout_seed")),
         "NEGATIVE": int(spec.scale <= 0),
     }
-    cu_seqlens = _meta(problem, "cu_seqlens_q")
+    cu_seqlens = problem.meta("cu_seqlens_q")
     packed = cu_seqlens is not None
     numbers: dict[str, Any] = {
         **_strides("query", query.stride),
@@ -95,7 +91,7 @@ def _common(problem: Problem, aligned: bool) -> tuple[dict[str, int], dict[str, 
         "keep_scale": 65536 / (65536 - spec.dropout_threshold) if spec.dropout_threshold < 65536 else 0.0,
         "grad_scale": spec.scale,
     }
-    shape = lse_shape_of(problem)
+    shape = lse_shape(query)
     numbers |= {"lse_b": 0 if packed else shape[1] * shape[2], "lse_h": shape[-1], "num_rows": math.prod(shape)}
     if mask is not None:
         broadcast = torch.empty_strided(mask.shape, mask.stride, device="meta").expand(*shape, problem.key_length)
@@ -104,17 +100,12 @@ def _common(problem: Problem, aligned: bool) -> tuple[dict[str, int], dict[str, 
         numbers |= {"table_b": table.stride[0], "table_p": table.stride[1]}
     if slopes is not None and len(slopes.shape) == 2:
         numbers["alibi_b"] = slopes.shape[1]
-    if (sinks := _meta(problem, "sinks")) is not None:
+    if (sinks := problem.meta("sinks")) is not None:
         numbers["sinks_type"] = _TYPES[sinks.dtype]
     for name, field in (("q_offset", "q_offsets"), ("kv_lengths", "kv_lengths"), ("kv_starts", "kv_starts")):
-        meta = _meta(problem, name)
+        meta = problem.meta(name)
         numbers[f"{field}_are_64"] = int(meta is not None and meta.dtype == torch.int64)
     return macros, numbers
-
-
-def lse_shape_of(problem: Problem) -> tuple[int, ...]:
-    shape = problem.query.shape
-    return (shape[1], shape[0]) if problem.packed else shape[:3]
 
 
 def _address(x: Tensor | None) -> int:
@@ -222,12 +213,12 @@ def forward_plan(problem: Problem, out_stride: tuple[int, ...], aligned: bool) -
             max_keys = spec.max_seqlen_k
         num_splits = max(-(-max_keys // SPLIT), 1)
     kernel = kernel_of(kind, (query.shape[-1], Dv), macros)
-    numbers |= _slots(query, _meta(problem, "cu_seqlens_q"), kernel.ROWS, kernel.tiles.BLOCK_M)
+    numbers |= _slots(query, problem.meta("cu_seqlens_q"), kernel.ROWS, kernel.tiles.BLOCK_M)
     numbers |= {"num_splits": num_splits, "split": SPLIT}
     blocks = numbers["slots"] * (Hq // kernel.ROWS) * num_splits
     launches = [Launch(kernel, blocks, pack_numbers(numbers))]
     if num_splits > 1:
-        numbers["Lq"] = lse_shape_of(problem)[-1]
+        numbers["Lq"] = lse_shape(query)[-1]
         combine = combine_kernel(Dv, macros["BF16"])
         launches.append(Launch(combine, numbers["num_rows"], pack_numbers(numbers)))
     return ForwardPlan(tuple(launches), num_splits)
@@ -269,20 +260,18 @@ def backward_plan(
     def start(kernel: Kernel, blocks: int, more: dict[str, int]) -> Launch:
         return Launch(kernel, blocks, pack_numbers(numbers | more))
 
-    launches = [
-        start(preprocess_kernel(macros["BF16"]), -(-numbers["num_rows"] // 4), {"Lq": lse_shape_of(problem)[-1]})
-    ]
+    launches = [start(preprocess_kernel(macros["BF16"]), -(-numbers["num_rows"] // 4), {"Lq": lse_shape(query)[-1]})]
     dkdv = kernel_of("dkdv", head_dims, macros)
     both = None if ordered else unordered(dkdv, head_dims, macros, arch_of(query.device))
     dkdv = both or dkdv
-    slots = _slots(key, _meta(problem, "cu_seqlens_k"), 1, dkdv.tiles.BLOCK_N)
+    slots = _slots(key, problem.meta("cu_seqlens_k"), 1, dkdv.tiles.BLOCK_N)
     if max(dkdv.BLOCK_D, dkdv.BLOCK_DV) > 192:  # the sums of both do not fit a thread's registers
         launches.append(start(dkdv._replace(GRADIENTS=1, UNORDERED=0), slots["slots"] * key.shape[1], slots))
         dkdv = dkdv._replace(GRADIENTS=2)
     launches.append(start(dkdv, slots["slots"] * key.shape[1], slots))
     if both is None:
         dq = kernel_of("dq", head_dims, macros)
-        slots = _slots(query, _meta(problem, "cu_seqlens_q"), 1, dq.tiles.BLOCK_M)
+        slots = _slots(query, problem.meta("cu_seqlens_q"), 1, dq.tiles.BLOCK_M)
         launches.append(start(dq, slots["slots"] * query.shape[1], slots))
     if mask_sizes is not None:
         dmask = kernel_of("dmask", head_dims, macros)

@@ -98,9 +98,8 @@ def _kernel_with(tiles_of: str, op: str, head_dims: tuple[int, int], macros: dic
     tiles = TILES[tiles_of][_COLUMNS.index(max(D, Dv))]
     rows, keys = (2 * block * (D + Dv) for block in tiles[:2])  # bytes of query and grad_out, and of key and value
     terms = 8 * tiles.BLOCK_M  # of lse and delta
-    merged = (
-        128 * (tiles.WARPS_N - 1) * (tiles.BLOCK_M // 16) * (Dv // 2 + 4)
-    )  # what warps along the keys tell the first
+    # What warps along the keys tell the first of them: 4 bytes a lane for each value of a fragment.
+    merged = 128 * (tiles.WARPS_N - 1) * (tiles.BLOCK_M // 16) * (Dv // 2 + 4)
     name, shared = {
         "dkdv": ("attention_bwd_dkdv", keys + 2 * (rows + terms)),
         "dq": ("attention_bwd_dq", rows + terms + 2 * keys),
