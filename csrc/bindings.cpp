@@ -61,7 +61,7 @@ AttentionParams plan(int dtype, const std::array<int64_t, 7>& sizes, const std::
   return p;
 }
 
-// In the order of `_call` in pyattn/backends/cpu.py; 0 is "not given".
+// In the order of `_call` in pyattn/backends/cpu; 0 is "not given".
 using Addresses = std::array<uintptr_t, 14>;
 
 int64_t longest(const int32_t* cu_seqlens, int64_t B) {

@@ -1,21 +1,19 @@
-"""The ops of ``torch.ops.pyattn``: schemas, kernels, fakes, autograd, autocast, vmap.
+"""Attention among ``torch.ops.pyattn``: schemas, kernels, fakes, autograd, autocast, vmap.
 
-An op chooses its backend inside, when it runs, so an exported graph holds no machine's choice. The kernels are
-registered with ``Library.define`` and ``impl``: ``torch.library.custom_op`` costs several times as much a call.
+An op chooses its backend inside, when it runs, so an exported graph holds no machine's choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad, profiler
 
 from pyattn import batching, dispatch, flops, log
 from pyattn.checks import check_gradients, check_values
+from pyattn.library import below_autograd, differentiable, library, register, unobserved
 from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem, empty_output, lse_dtype, lse_shape
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(
@@ -33,11 +31,8 @@ _PLAIN_FIELDS = (0, 1, 2)  # query, key, value, and no more
 _NO_OPTIONS = (None,) * (_NUM_TENSORS - len(_PLAIN_FIELDS))
 _NUM_ARGS = _NUM_TENSORS + len(AttentionSpec._fields)
 
-_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
-
-_library = torch.library.Library("pyattn", "DEF")
-_library.define(f"attention_forward({_TENSORS}, {_SPEC}, str backend) -> (Tensor, Tensor)")
-_library.define(
+library.define(f"attention_forward({_TENSORS}, {_SPEC}, str backend) -> (Tensor, Tensor)")
+library.define(
     f"attention_backward({_TENSORS}, {_SPEC}, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, "
     "bool needs_mask_grad, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -142,19 +137,6 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 # ---- autograd -----------------------------------------------------------------------------------------------
 
 
-def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
-    """Calls ``op`` from the inside of an autograd.Function, which records it.
-
-    The Function has turned grad mode off. For tensors of ``torch.func`` it is that of the level below, whose own
-    kernel must record the op too: without it nested derivatives would be zero.
-    """
-    if not torch._C._are_functorch_transforms_active():
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
 # A kernel of the Autograd key runs once for each level of torch.func, with that level's tensors. So it needs the
 # Function of one level; torch.autograd.Function would start over at the top of the levels.
 
@@ -190,7 +172,7 @@ class _Attention(torch.autograd.function._SingleLevelFunction):
         if call.direct:
             out, lse = _compute_forward(call, t)
         else:
-            out, lse = _below_autograd(_forward_op, (*t, *call.spec, call.requested))
+            out, lse = below_autograd(_forward_op, (*t, *call.spec, call.requested))
         ctx.save_for_backward(*given, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -223,32 +205,11 @@ class _AttentionBackward(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        return _below_autograd(_backward_op, args)
+        return below_autograd(_backward_op, args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         raise NotImplementedError("pyattn::attention_backward has no derivative: second derivatives are not supported")
-
-
-def _differentiable(op: Any, apply: Any) -> Any:
-    """The kernel of the Autograd key: ``apply`` records where a gradient may be asked for; a tangent is refused."""
-
-    def kernel(*args: Any) -> tuple[Tensor, ...]:
-        if forward_ad._current_level >= 0:
-            for x in args:
-                if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-                    raise NotImplementedError(
-                        f"{op.name()} has no forward-mode derivative: jvp and dual tensors are not supported"
-                    )
-        if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)):
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
-        if not torch._C._are_functorch_transforms_active():
-            return apply(args)
-        with enable_single_level_autograd_function():
-            return apply(args)
-
-    return kernel
 
 
 def _apply_forward(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -281,49 +242,25 @@ def _forward_autocast(device_type: str) -> Any:
     return forward
 
 
-# ---- vmap ---------------------------------------------------------------------------------------------------
-
-
-def _vmapped(op: Any, rule: Any) -> Any:
-    def kernel(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], int]:
-        return rule(op, info.batch_size, in_dims, args), 0
-
-    return kernel
-
-
-_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("attention_forward", _differentiable(_forward_op, _apply_forward), "Autograd")
-_library.impl("attention_backward", _differentiable(_backward_op, _apply_backward), "Autograd")
-_library.impl("attention_forward", _forward_autocast("cpu"), "AutocastCPU")
-_library.impl("attention_forward", _forward_autocast("cuda"), "AutocastCUDA")
-torch.library.register_fake("pyattn::attention_forward", _forward_fake, lib=_library)
-torch.library.register_fake("pyattn::attention_backward", _backward_fake, lib=_library)
-torch.library.register_vmap("pyattn::attention_forward", _vmapped(_forward_op, batching.forward), lib=_library)
-torch.library.register_vmap("pyattn::attention_backward", _vmapped(_backward_op, batching.backward), lib=_library)
+register(
+    "attention_forward",
+    _forward_op,
+    compute=_forward,
+    fake=_forward_fake,
+    differentiable=differentiable(_forward_op, _apply_forward),
+    vmap=batching.forward,
+)
+register(
+    "attention_backward",
+    _backward_op,
+    compute=_backward,
+    fake=_backward_fake,
+    differentiable=differentiable(_backward_op, _apply_backward),
+    vmap=batching.backward,
+)
+library.impl("attention_forward", _forward_autocast("cpu"), "AutocastCPU")
+library.impl("attention_forward", _forward_autocast("cuda"), "AutocastCUDA")
 flops.register()
-
-
-def unobserved(tensors: Iterable[Any]) -> bool:
-    """Whether attention on them may be computed at once: nobody would see the op pass torch's dispatcher.
-
-    That takes 5 microseconds. It is in eager mode, on dense CPU tensors: no subclass, mode, tracer, profiler or
-    functorch level, no autocast, no lazy negation.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    for x in tensors:
-        if type(x) not in _TENSOR_TYPES or not x.is_cpu or x.is_neg() or x.is_nested or x.layout is not torch.strided:
-            return False
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-        and not profiler._is_profiler_enabled
-    )
 
 
 def attention(spec: AttentionSpec, t: AttentionTensors, backend: str) -> tuple[Tensor, Tensor]:

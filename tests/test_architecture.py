@@ -23,6 +23,7 @@ LEVELS = {
     "batching": 2,
     "nested": 2,
     "flops": 2,
+    "library": 2,
     "log": 3,
     "explanation": 3,
     "ops": 4,
