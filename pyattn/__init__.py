@@ -11,6 +11,7 @@ from pyattn.functional import (
     scaled_dot_product_attention,
 )
 from pyattn.log import logging
+from pyattn.projection import Rotary, apply_rotary, explain_projection, output_projection, qkv_projection
 
 try:
     __version__ = version("pyattn")
@@ -18,11 +19,16 @@ except PackageNotFoundError:  # a clone on sys.path, never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Rotary",
     "SlowPathWarning",
+    "apply_rotary",
     "attention",
     "attention_varlen",
     "explain",
+    "explain_projection",
     "logging",
     "naive_attention",
+    "output_projection",
+    "qkv_projection",
     "scaled_dot_product_attention",
 ]

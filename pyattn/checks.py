@@ -27,7 +27,9 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
 
 
-def check_tensor(name: str, x: Any, dtypes: Sequence[torch.dtype], like: Tensor | None = None) -> None:
+def check_tensor(
+    name: str, x: Any, dtypes: Sequence[torch.dtype], like: Tensor | None = None, like_name: str = "query"
+) -> None:
     """``x`` is a dense tensor of one of ``dtypes``, on the device of ``like``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -36,7 +38,7 @@ def check_tensor(name: str, x: Any, dtypes: Sequence[torch.dtype], like: Tensor 
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {_names(dtypes)}, got {str(x.dtype).removeprefix('torch.')}")
     if like is not None and x.device != like.device:
-        raise ValueError(f"{name} must be on the device of query ({like.device}), got {x.device}")
+        raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {x.device}")
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -226,3 +228,9 @@ def check_values(t: AttentionTensors, max_seqlen_q: int | None, max_seqlen_k: in
         pages = -(-t.kv_lengths // t.key.shape[2])
         used = t.block_table[torch.arange(t.block_table.shape[1], device=pages.device) < pages[:, None]]
         _within("block_table", used, 0, t.key.shape[0] - 1, "the pages of key, for every page in use")
+
+
+def check_positions(positions: Tensor, max_pos: int) -> None:
+    """Rows of the rotary tables, where they can be read without synchronising."""
+    if positions.device.type == "cpu" or CHECK_DEVICE_VALUES:
+        _within("positions", positions, 0, max_pos - 1, "the rows of the rotary tables")

@@ -6,17 +6,30 @@ import functools
 import importlib
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem
+from pyattn.spec import (
+    AttentionSpec,
+    AttentionTensors,
+    Op,
+    Problem,
+    ProjectionProblem,
+    ProjectionSpec,
+    ProjectionTensors,
+)
+
+AnyProblem = Problem | ProjectionProblem
 
 _MODULES = {
     "cpu": "pyattn.backends.cpu",
     "cuda": "pyattn.backends.cuda",
     "triton": "pyattn.backends.triton",
     "reference": "pyattn.reference",
+}
+_PROJECTION_MODULES = {
+    "reference": "pyattn.reference_projection",
 }
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 SLOW_PATH_PAIRS = 2**20  # query-key pairs above which reaching the reference is worth a warning
@@ -27,7 +40,7 @@ class SlowPathWarning(UserWarning):
 
 
 class Backend(Protocol):
-    """What a backend module provides."""
+    """What a backend's module of attention provides."""
 
     def unavailable(self) -> list[str]: ...
     def why_not(self, problem: Problem) -> list[str]: ...
@@ -45,15 +58,45 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
 
 
+class ProjectionBackend(Protocol):
+    """What a backend's module of projections provides."""
+
+    def unavailable(self) -> list[str]: ...
+    def why_not(self, problem: ProjectionProblem) -> list[str]: ...
+    def describe(self, problem: ProjectionProblem) -> str: ...
+    def projection(self, spec: ProjectionSpec, t: ProjectionTensors, save: bool) -> tuple[Tensor, ...]: ...
+    def projection_backward(
+        self,
+        spec: ProjectionSpec,
+        t: ProjectionTensors,
+        saved: Tensor,
+        grads: tuple[Tensor, Tensor, Tensor],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]: ...
+    def rotary(self, spec: ProjectionSpec, t: ProjectionTensors, inverse: bool) -> Tensor: ...
+
+
 @functools.cache
 def load(name: str) -> Backend:
     """The backend called ``name``, imported on first use."""
     return importlib.import_module(_MODULES[name])
 
 
-def order(device_type: str) -> tuple[str, ...]:
-    """Backend names for a device type, most preferred first."""
-    return ORDER.get(device_type, ("reference",))
+@functools.cache
+def load_projection(name: str) -> ProjectionBackend:
+    """The projections of the backend called ``name``."""
+    return importlib.import_module(_PROJECTION_MODULES[name])
+
+
+def load_for(problem: AnyProblem, name: str) -> Any:
+    """The module of the backend ``name`` that computes ``problem``."""
+    return load(name) if isinstance(problem, Problem) else load_projection(name)
+
+
+def order(problem: AnyProblem) -> tuple[str, ...]:
+    """Names of the backends that there are for a problem, most preferred first."""
+    names = ORDER.get(problem.device.type, ("reference",))
+    return names if isinstance(problem, Problem) else tuple(name for name in names if name in _PROJECTION_MODULES)
 
 
 def check_backend(name: str | None) -> str:
@@ -65,28 +108,30 @@ def check_backend(name: str | None) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def why_not(problem: Problem, name: str) -> tuple[str, ...]:
+def why_not(problem: AnyProblem, name: str) -> tuple[str, ...]:
     """Every reason why the backend ``name`` cannot compute ``problem``; empty if it can."""
-    backend = load(name)
+    if isinstance(problem, ProjectionProblem) and name not in _PROJECTION_MODULES:
+        return ("computes attention, no projections",)
+    backend = load_for(problem, name)
     return tuple(backend.unavailable() or backend.why_not(problem))
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem) -> str:
+def choose(problem: AnyProblem) -> str:
     """The name of the backend that automatic dispatch takes."""
-    return next(name for name in order(problem.query.device.type) if not why_not(problem, name))
+    return next(name for name in order(problem) if not why_not(problem, name))
 
 
 @functools.lru_cache(maxsize=4096)
-def select(problem: Problem, name: str) -> Backend:
+def select(problem: AnyProblem, name: str) -> Any:
     """The backend for ``problem``. One named by the caller never falls back: it raises with its reasons."""
     if name == "auto":
         name = choose(problem)
-        if name == "reference":
+        if name == "reference" and isinstance(problem, Problem):
             _warn_slow_path(problem)
     elif reasons := why_not(problem, name):
         raise NotImplementedError(f"backend {name!r} cannot compute this {problem.op}: {'; '.join(reasons)}")
-    return load(name)
+    return load_for(problem, name)
 
 
 @functools.cache
@@ -95,15 +140,15 @@ def _warn_once(op: Op, message: str) -> None:
 
 
 def _warn_slow_path(problem: Problem) -> None:
-    others = [name for name in order(problem.query.device.type) if name != "reference"]
+    others = [name for name in order(problem) if name != "reference"]
     if problem.query_length * problem.key_length > SLOW_PATH_PAIRS:
         reasons = "; ".join(f"{name}: {', '.join(why_not(problem, name))}" for name in others)
         _warn_once(problem.op, f"attention {problem.op} runs on the slow reference ({reasons or 'no other backend'})")
 
 
-def table(problem: Problem, requested: str = "auto") -> Sequence[tuple[str, tuple[str, ...]]]:
+def table(problem: AnyProblem, requested: str = "auto") -> Sequence[tuple[str, tuple[str, ...]]]:
     """``(name, reasons)`` of every backend for the problem's device, in order; one requested besides comes first."""
-    names = order(problem.query.device.type)
+    names = order(problem)
     if requested not in ("auto", *names):
         names = (requested, *names)
     return [(name, why_not(problem, name)) for name in names]

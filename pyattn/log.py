@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from pyattn import dispatch
-from pyattn.spec import Problem
+from pyattn.dispatch import AnyProblem
 
 T = TypeVar("T")
 
@@ -41,12 +41,12 @@ def logging() -> Iterator[None]:
         depth -= 1
 
 
-def _synchronize(problem: Problem) -> None:
-    if problem.query.device.type != "cpu":
-        torch.accelerator.synchronize(problem.query.device)
+def _synchronize(problem: AnyProblem) -> None:
+    if problem.device.type != "cpu":
+        torch.accelerator.synchronize(problem.device)
 
 
-def timed(problem: Problem, requested: str, call: Callable[[], T]) -> T:
+def timed(problem: AnyProblem, requested: str, call: Callable[[], T]) -> T:
     """What ``call`` returns, which computes ``problem``, after a line about it."""
     _synchronize(problem)
     start = time.perf_counter()
@@ -59,10 +59,8 @@ def timed(problem: Problem, requested: str, call: Callable[[], T]) -> T:
         for name, reasons in dispatch.table(problem)
         if name != chosen
     ]
-    shapes = " ".join(str(list(meta.shape)) for meta in problem.tensors[:3] if meta is not None)
-    dtype = str(problem.query.dtype).removeprefix("torch.")
     print(
-        f"pyattn: attention {problem.op} {dtype} on {problem.query.device}: query, key, value {shapes}: "
+        f"pyattn: {problem.family} {problem.op} {problem.operands}: "
         f"{chosen}, {milliseconds:.3f} ms ({'; '.join(others)})",
         file=sys.stderr,
         flush=True,

@@ -5,12 +5,16 @@ This module imports nothing of pyattn; everything else speaks its vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Op = Literal["forward", "backward"]
+Op = Literal["forward", "backward", "rotary"]
+
+
+# ---- attention -----------------------------------------------------------------------------------------------
 
 
 class AttentionSpec(NamedTuple):
@@ -64,7 +68,7 @@ class TensorMeta(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What dispatch decides on: an op, its spec and the metadata of its tensors. Hashable."""
+    """What dispatch decides on: an op of attention, its spec and the metadata of its tensors. Hashable."""
 
     op: Op
     spec: AttentionSpec
@@ -110,6 +114,53 @@ class Problem(NamedTuple):
             return table.shape[1] * self.key.shape[2]
         return self.key.shape[0 if self.packed else 2]
 
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of one head of one sample that the spec's integers leave; tensors are not read.
+
+        A packed batch counts as if each query saw all keys: what its sequences are stands in tensors.
+        """
+        spec, Lq, Lk = self.spec, self.query_length, self.key_length
+        if self.packed or self.has("q_offset") or (spec.window_left is None and spec.window_right is None):
+            return Lq * Lk
+        offset = Lk - Lq if spec.q_offset is None else spec.q_offset
+        total = 0
+        for pos in range(offset, offset + Lq):
+            lo = 0 if spec.window_left is None else max(0, pos - spec.window_left)
+            hi = Lk if spec.window_right is None else min(Lk, pos + spec.window_right + 1)
+            total += max(0, hi - lo)
+        return total
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the forward's two matrix products."""
+        B, Hq = (1, self.query.shape[1]) if self.packed else self.query.shape[:2]
+        return 2 * B * Hq * self.pairs * (self.query.shape[-1] + self.value.shape[-1])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of query, key, value and out: what the forward must move at the least."""
+        elements = sum(math.prod(meta.shape) for meta in (self.query, self.key, self.value))
+        elements += math.prod(self.query.shape[:-1]) * self.value.shape[-1]
+        return elements * self.query.dtype.itemsize
+
+    @property
+    def family(self) -> str:
+        return "attention"
+
+    @property
+    def operands(self) -> str:
+        shapes = " ".join(str(list(meta.shape)) for meta in (self.query, self.key, self.value))
+        return f"{_on(self.query)}: query, key, value {shapes}"
+
+
+def _on(meta: TensorMeta) -> str:
+    return f"{str(meta.dtype).removeprefix('torch.')} on {meta.device}"
+
 
 def empty_output(query: Tensor, v_head_dim: int) -> Tensor:
     """An uninitialised output: the query's shape with ``v_head_dim``, dense, in the query's dimension order."""
@@ -136,3 +187,111 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     weight = torch.exp(by_head - lse.masked_fill(lse == -torch.inf, 0))
     axes = (1,) if lse.dim() == 2 else (0, 2)
     return -(weight * delta).sum(axes).to(sinks.dtype)
+
+
+# ---- projections ---------------------------------------------------------------------------------------------
+
+
+class ProjectionSpec(NamedTuple):
+    """The numbers of one projection, whose columns are the heads of q, then those of k, then those of v."""
+
+    num_q: int
+    num_k: int = 0
+    num_v: int = 0
+    eps: float = 1e-6
+    interleaved: bool = False
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_q + self.num_k + self.num_v
+
+
+class ProjectionTensors(NamedTuple):
+    """The tensors of one projection: heads to heads, since ``[B, L, E]`` is one head of E elements.
+
+    Rotary alone has an x and no weight.
+    """
+
+    x: Tensor  # [B, H, L, D_in]
+    weight: Tensor | None = None  # [num_heads * D, H * D_in]
+    bias: Tensor | None = None  # [num_heads * D]
+    residual: Tensor | None = None  # [B, num_heads, L, D]
+    q_norm: Tensor | None = None  # [D]
+    k_norm: Tensor | None = None  # [D]
+    cos: Tensor | None = None  # [max_pos, R / 2]
+    sin: Tensor | None = None  # [max_pos, R / 2]
+    positions: Tensor | None = None  # [B or 1, L]; None: 0 to L - 1
+
+
+class ProjectionProblem(NamedTuple):
+    """What dispatch decides on: an op of projections, its spec and the metadata of its tensors. Hashable."""
+
+    op: Op
+    spec: ProjectionSpec
+    tensors: tuple[TensorMeta | None, ...]  # in the order of ProjectionTensors
+
+    @staticmethod
+    def of(op: Op, spec: ProjectionSpec, tensors: ProjectionTensors) -> ProjectionProblem:
+        return ProjectionProblem(op, spec, tuple([None if t is None else TensorMeta.of(t) for t in tensors]))
+
+    @property
+    def x(self) -> TensorMeta:
+        return self.tensors[0]  # type: ignore[return-value]
+
+    def has(self, name: str) -> bool:
+        """Whether the optional tensor ``name``, a field of ProjectionTensors, is given."""
+        return self.tensors[ProjectionTensors._fields.index(name)] is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def rows(self) -> int:
+        return self.x.shape[0] * self.x.shape[2]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        weight = self.tensors[1]
+        return (0, 0) if weight is None else weight.shape
+
+    @property
+    def head_dim(self) -> int:
+        """Of the outputs."""
+        if (weight := self.tensors[1]) is None:
+            return self.x.shape[-1]
+        return weight.shape[0] // max(self.spec.num_heads, 1)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the forward's matrix product."""
+        return 2 * self.rows * math.prod(self.weight_shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of x, weight and the outputs: what the forward must move at the least."""
+        columns = self.weight_shape[0] or self.x.shape[1] * self.x.shape[3]
+        elements = math.prod(self.x.shape) + math.prod(self.weight_shape) + self.rows * columns
+        return elements * self.x.dtype.itemsize
+
+    @property
+    def family(self) -> str:
+        return "projection"
+
+    @property
+    def operands(self) -> str:
+        return f"{_on(self.x)}: x {list(self.x.shape)}, weight {list(self.weight_shape)}"
+
+
+def head_dim(spec: ProjectionSpec, t: ProjectionTensors) -> int:
+    """Of the projection's outputs."""
+    assert t.weight is not None
+    return t.weight.shape[0] // max(spec.num_heads, 1)
+
+
+def empty_heads(spec: ProjectionSpec, t: ProjectionTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised q, k and v, ``[B, H, L, D]`` each, contiguous."""
+    B, _, L, _ = t.x.shape
+    D = head_dim(spec, t)
+    q, k, v = (t.x.new_empty((B, n, L, D)) for n in (spec.num_q, spec.num_k, spec.num_v))
+    return q, k, v

@@ -17,6 +17,7 @@ LEVELS = {
     "tuning": 0,
     "jit": 0,
     "reference": 1,
+    "reference_projection": 1,
     "backends": 1,
     "dispatch": 2,
     "checks": 2,
@@ -27,7 +28,9 @@ LEVELS = {
     "log": 3,
     "explanation": 3,
     "ops": 4,
+    "projection_ops": 4,
     "functional": 5,
+    "projection": 5,
     "kv_cache": 5,
     "testing": 6,
     "nn": 6,
@@ -38,7 +41,10 @@ LEVELS = {
     "precompile": 8,
     "cli": 9,
 }
-STANDALONE = {"spec": {"torch"}, "reference": {"torch", "pyattn"}, "kernels": {"torch", "triton", "pyattn"}}
+REFERENCES = ("reference", "reference_projection")
+STANDALONE = {"spec": {"torch"}, "kernels": {"torch", "triton", "pyattn"}} | {
+    part: {"torch", "pyattn"} for part in REFERENCES
+}
 STANDARD = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
 
 
@@ -64,7 +70,7 @@ def violations(module, source):
             continue
         elif part == "backends" and target == "backends" and below.split(".")[1:2] != [module.split(".")[1]]:
             yield f"{module} imports another backend, {name}"
-        elif (part == "reference" and target != "spec") or part == "kernels":
+        elif (part in REFERENCES and target != "spec") or part == "kernels":
             yield f"{module} imports {name}"
         elif target in LEVELS and LEVELS[target] >= LEVELS[part] and target not in (part, "spec"):
             yield f"{module} imports {name}, which stands no lower"
