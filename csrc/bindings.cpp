@@ -140,6 +140,14 @@ PYBIND11_MODULE(_native, m) {
       });
   m.def("cuda_open", &cuda_open);
   m.def("cuda_driver_version", &cuda_driver_version);
+  m.def(
+      "tensor_map",
+      [](int dtype, uintptr_t address, const Dims& sizes, const Dims& strides, const Dims& box, bool swizzle) {
+        const TensorMap map = tensor_map(dtype_of(dtype), address, sizes, strides, box, swizzle);
+        return py::bytes(reinterpret_cast<const char*>(map.bytes), sizeof map.bytes);
+      },
+      py::kw_only(), py::arg("dtype"), py::arg("address"), py::arg("sizes"), py::arg("strides"), py::arg("box"),
+      py::arg("swizzle") = true);
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (const CpuKernels& kernels : available_kernels()) names.emplace_back(kernels.isa);

@@ -131,6 +131,10 @@ class Emulator(launch.Gpu):
         """Since ``configure``."""
         return self._driver.emulator_launches()
 
+    def tensor_maps(self) -> int:
+        """Those that the driver was asked for since ``configure``."""
+        return self._driver.emulator_tensor_maps()
+
     def unavailable(self) -> list[str]:
         return []
 

@@ -5,10 +5,14 @@
 // reads at run time; the library is loaded once.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <sstream>
 #include <string>
+
+#include "emulator/tensor_map.h"
 
 namespace {
 
@@ -23,7 +27,7 @@ struct Image {
 std::string message;
 bool racing = false;
 uint32_t seed = 0;
-int launches = 0;
+int launches = 0, tensor_maps = 0;
 
 int failure(const std::string& what) {
   message = what;
@@ -34,8 +38,11 @@ int failure(const std::string& what) {
 
 extern "C" {
 
-void emulator_configure(bool is_racing, uint32_t a_seed) { racing = is_racing, seed = a_seed, launches = 0; }
+void emulator_configure(bool is_racing, uint32_t a_seed) {
+  racing = is_racing, seed = a_seed, launches = tensor_maps = 0;
+}
 int emulator_launches() { return launches; }
+int emulator_tensor_maps() { return tensor_maps; }
 
 int cuGetErrorString(int, const char** text) {
   *text = message.c_str();
@@ -93,5 +100,23 @@ int cuLaunchKernel(void* kernel, unsigned blocks, unsigned, unsigned, unsigned t
   auto run = reinterpret_cast<Run>(dlsym(image->library, "emulator_run"));
   const char* error = run(params[0], blocks, static_cast<int>(threads), shared, racing, seed);
   return error ? failure(error) : 0;
+}
+
+int cuTensorMapEncodeTiled(void* to, int data_type, uint32_t rank, void* address, const uint64_t* sizes,
+                           const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
+                           int interleave, int swizzle, int l2_promotion, int fill) {
+  ++tensor_maps;
+  if (reinterpret_cast<uintptr_t>(to) % 64) return failure("a tensor map is not at a multiple of 64");
+  if (!address) return failure("a tensor map of no tensor");
+  emulator::TensorMap map{};
+  map.address = reinterpret_cast<uintptr_t>(address);
+  std::copy_n(sizes, rank, map.size);
+  std::copy_n(strides, rank - 1, map.stride);
+  std::copy_n(box, rank, map.box);
+  std::copy_n(element_strides, rank, map.element_stride);
+  map.data_type = data_type, map.rank = rank, map.interleave = interleave, map.swizzle = swizzle;
+  map.l2_promotion = l2_promotion, map.fill = fill;
+  std::memcpy(to, &map, sizeof map);
+  return 0;
 }
 }
