@@ -116,6 +116,53 @@ void backward(const AttentionParams& plan, size_t isa, int threads, const Addres
   kernels.attention_backward(p, threads);
 }
 
+// Address, strides of batch, head and row, rows of a sample, columns of a head; all 0 for none.
+using MatrixFields = std::array<int64_t, 6>;
+
+Matrix matrix(const MatrixFields& m) {
+  return {pointer<void>(static_cast<uintptr_t>(m[0])),
+          m[1],
+          m[2],
+          m[3],
+          std::max<int64_t>(m[4], 1),
+          std::max<int64_t>(m[5], 1)};
+}
+
+void product(size_t isa, int threads, int dtype, const std::array<int64_t, 3>& sizes, const MatrixFields& a,
+             bool transpose_a, const MatrixFields& b, const MatrixFields& c) {
+  const CpuKernels& kernels = available_kernels().at(isa);
+  const ProductParams p{dtype_of(dtype), sizes[0], sizes[1], sizes[2], matrix(a), transpose_a, matrix(b), matrix(c)};
+  const py::gil_scoped_release release;
+  kernels.product(p, threads);
+}
+
+// sizes: rows, depth, D, R. addresses: weight, bias, norms of q and k, cos, sin, positions, grad_norms; 0 is "not
+// given". matrices: x, residual, saved, grad_rows. flags: interleaved, inverse.
+void projection(const std::string& op, size_t isa, int threads, int dtype, const std::array<int64_t, 4>& sizes,
+                const std::array<uintptr_t, 8>& addresses, int64_t weight_stride, int64_t positions_stride_b,
+                const std::array<MatrixFields, 4>& matrices, const std::array<int64_t, 3>& num_heads,
+                const std::array<MatrixFields, 3>& heads, double eps, const std::array<bool, 2>& flags) {
+  const CpuKernels& kernels = available_kernels().at(isa);
+  ProjectionParams p{};
+  p.dtype = dtype_of(dtype);
+  p.rows = sizes[0], p.depth = sizes[1], p.D = sizes[2], p.R = sizes[3];
+  const auto [weight, bias, q_norm, k_norm, cos, sin, positions, grad_norms] = addresses;
+  p.weight = pointer<void>(weight), p.weight_stride = weight_stride, p.bias = pointer<float>(bias);
+  p.norms[0] = pointer<float>(q_norm), p.norms[1] = pointer<float>(k_norm), p.eps = static_cast<float>(eps);
+  p.cos = pointer<float>(cos), p.sin = pointer<float>(sin);
+  p.positions = pointer<int64_t>(positions), p.positions_stride_b = positions_stride_b;
+  p.x = matrix(matrices[0]), p.residual = matrix(matrices[1]), p.saved = matrix(matrices[2]);
+  p.grad_rows = matrix(matrices[3]), p.grad_norms = pointer<float>(grad_norms);
+  for (size_t i = 0; i < 3; ++i) p.num_heads[i] = num_heads[i], p.heads[i] = matrix(heads[i]);
+  p.interleaved = flags[0], p.inverse = flags[1];
+  const auto run = op == "forward"    ? kernels.projection
+                   : op == "backward" ? kernels.projection_backward
+                   : op == "rotary"   ? kernels.rotary
+                                      : throw std::invalid_argument("op must be forward, backward or rotary");
+  const py::gil_scoped_release release;
+  run(p, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -148,6 +195,10 @@ PYBIND11_MODULE(_native, m) {
       },
       py::kw_only(), py::arg("dtype"), py::arg("address"), py::arg("sizes"), py::arg("strides"), py::arg("box"),
       py::arg("swizzle") = true);
+  m.def("product", &product);
+  m.def("projection", &projection);
+  m.attr("FEW_ROWS") = kFewRows;
+  m.attr("PROJECTION_ROWS") = kProjectionRows;
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (const CpuKernels& kernels : available_kernels()) names.emplace_back(kernels.isa);

@@ -59,6 +59,49 @@ struct AttentionBackwardParams : AttentionParams {
   float* grad_sinks;                                           // [Hq], where there are sinks
 };
 
+// A matrix whose rows are [B, L] and whose columns are [H, D]. The elements of a head lie side by side.
+struct Matrix {
+  void* data;
+  int64_t stride_b, stride_h, stride_l;
+  int64_t L, D;
+};
+
+// c = A B, of [rows, depth] and [depth, columns].
+struct ProductParams {
+  DType dtype;
+  int64_t rows, columns, depth;
+  Matrix a;
+  bool transpose_a;  // a is [depth, rows]
+  Matrix b, c;
+};
+
+// Heads from x weight^T: bias, residual, RMSNorm, rotary. The heads of q come first, then those of k, then those of v.
+// The backward turns gradients of q, k and v into those of the product's rows.
+struct ProjectionParams {
+  DType dtype;
+  int64_t rows, depth, D;  // rows of x, columns of x, of a head of the outputs
+  Matrix x;
+  const void* weight;  // [heads * D, depth]
+  int64_t weight_stride;
+  const float* bias;      // [heads * D], or null
+  Matrix residual;        // as the outputs, or null data
+  int64_t num_heads[3];   // of q, k and v
+  Matrix heads[3];        // q, k and v, or their gradients
+  Matrix saved;           // heads of q and k before norm and rotary, or null data
+  const float* norms[2];  // [D] of q and of k, or null
+  float eps;
+  const float *cos, *sin;  // [max_pos, R / 2], or null
+  int64_t R;
+  bool interleaved, inverse;
+  const int64_t* positions;  // [B or 1, L], or null: 0 to L - 1
+  int64_t positions_stride_b;
+  Matrix grad_rows;   // [rows, heads * D]: the backward's result
+  float* grad_norms;  // [blocks of kProjectionRows][2][D]: parts of the norms' gradients
+};
+
+constexpr int64_t kProjectionRows = 64;
+constexpr int64_t kFewRows = 8;  // of a projection that reads each weight once
+
 constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
 
 // Far above any length, and far enough below 2^63 that sums of two do not overflow.

@@ -4,6 +4,8 @@ BLOCK_M: int
 BLOCK_N: int
 DECODE_QUERIES: int
 DECODE_KEYS: int
+FEW_ROWS: int
+PROJECTION_ROWS: int
 
 class AttentionPlan:
     def __init__(
@@ -63,6 +65,33 @@ def tensor_map(
     box: Sequence[int],
     swizzle: bool = True,
 ) -> bytes: ...
+def product(
+    isa: int,
+    threads: int,
+    dtype: int,
+    sizes: Sequence[int],
+    a: Sequence[int],
+    transpose_a: bool,
+    b: Sequence[int],
+    c: Sequence[int],
+    /,
+) -> None: ...
+def projection(
+    op: str,
+    isa: int,
+    threads: int,
+    dtype: int,
+    sizes: Sequence[int],
+    addresses: Sequence[int],
+    weight_stride: int,
+    positions_stride_b: int,
+    matrices: Sequence[Sequence[int]],
+    num_heads: Sequence[int],
+    heads: Sequence[Sequence[int]],
+    eps: float,
+    flags: Sequence[bool],
+    /,
+) -> None: ...
 def available_isas() -> list[str]: ...
 def peak_gflops(isa: int, dtype: int, /) -> float: ...
 def scratch_peak_bytes(reset: bool, /) -> int: ...

@@ -29,6 +29,7 @@ _MODULES = {
     "reference": "pyattn.reference",
 }
 _PROJECTION_MODULES = {
+    "cpu": "pyattn.backends.cpu.projection",
     "reference": "pyattn.reference_projection",
 }
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}

@@ -138,8 +138,6 @@ def heads(
             checks.check_shape(name, norm, (D,), "[D]")
     if not checks.check_number("eps", eps) >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    if t.positions is not None and t.cos is not None:
-        checks.check_positions(t.positions, t.cos.shape[0])
     spec = ProjectionSpec(*num_heads, eps=eps, interleaved=rotary is not None and rotary.interleaved)
     return spec, t._replace(x=x.unsqueeze(1), weight=weight, bias=bias, q_norm=q_norm, k_norm=k_norm)
 
@@ -299,8 +297,6 @@ def apply_rotary(
         raise ValueError(f"k must have the sizes of q {list(q.shape)} but for its heads, got {list(k.shape)}")
     B, _, L, D = q.shape
     t = _check_rotary(rotary, positions, q, "q", B, L, D)
-    if t.positions is not None:
-        checks.check_positions(t.positions, rotary.cos.shape[0])
     turned_q, turned_k = (projection_ops.rotary(x, t, rotary.interleaved, name) for x in (q, k))
     return turned_q, turned_k
 

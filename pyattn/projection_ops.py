@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyattn import dispatch, log
+from pyattn.checks import check_positions
 from pyattn.library import below_autograd, differentiable, library, register
 from pyattn.spec import Op, ProjectionProblem, ProjectionSpec, ProjectionTensors, empty_heads
 
@@ -40,7 +41,9 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _run(op: Op, spec: ProjectionSpec, t: ProjectionTensors, backend: str, call: Any) -> Any:
+def _compute(op: Op, spec: ProjectionSpec, t: ProjectionTensors, backend: str, call: Any) -> Any:
+    if t.positions is not None and t.cos is not None:
+        check_positions(t.positions, t.cos.shape[0])
     problem = ProjectionProblem.of(op, spec, t)
     chosen = dispatch.select(problem, backend)
     if log.depth:
@@ -54,7 +57,7 @@ def _run(op: Op, spec: ProjectionSpec, t: ProjectionTensors, backend: str, call:
 def _projection(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec, t = _unpack(args)
     t = t._replace(x=_dense(t.x), weight=_dense(args[1]))
-    return _run("forward", spec, t, args[-1], lambda backend: backend.projection(spec, t, args[-2]))
+    return _compute("forward", spec, t, args[-1], lambda backend: backend.projection(spec, t, args[-2]))
 
 
 def _projection_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,7 +72,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     t = t._replace(x=_dense(t.x), weight=_dense(args[1]))
     saved, *grads, needs, name = args[_NUM_ARGS:]
     incoming = (saved, tuple(_dense(grad) for grad in grads), needs)
-    results = _run("backward", spec, t, name, lambda backend: backend.projection_backward(spec, t, *incoming))
+    results = _compute("backward", spec, t, name, lambda backend: backend.projection_backward(spec, t, *incoming))
     # An op cannot return an optional tensor: an empty one stands for "no gradient".
     return tuple(t.x.new_empty(0) if grad is None else grad for grad in results)
 
@@ -133,7 +136,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *flag
     interleaved, inverse, name = flags
     spec = _NO_SPEC._replace(interleaved=interleaved)
     t = ProjectionTensors(_dense(x), cos=cos, sin=sin, positions=positions)
-    return _run("rotary", spec, t, name, lambda backend: backend.rotary(spec, t, inverse))
+    return _compute("rotary", spec, t, name, lambda backend: backend.rotary(spec, t, inverse))
 
 
 def _rotary_fake(x: Tensor, *_: Any) -> Tensor:

@@ -5,7 +5,10 @@ namespace pyattn {
 const std::vector<CpuKernels>& available_kernels() {
   static const std::vector<CpuKernels> kernels = [] {
     std::vector<CpuKernels> list;
-#define PYATTN_KERNELS(ISA) CpuKernels{#ISA, ISA::attention_forward, ISA::attention_backward, ISA::peak_gflops}
+#define PYATTN_KERNELS(ISA)                                                  \
+  CpuKernels{#ISA,         ISA::attention_forward, ISA::attention_backward,  \
+             ISA::product, ISA::projection,        ISA::projection_backward, \
+             ISA::rotary,  ISA::peak_gflops}
 #if defined(PYATTN_HAVE_AVX512) || defined(PYATTN_HAVE_AVX2)
     __builtin_cpu_init();
 #endif

@@ -22,6 +22,10 @@ struct CpuKernels {
   const char* isa;
   void (*attention_forward)(const AttentionParams&, int threads);
   void (*attention_backward)(const AttentionBackwardParams&, int threads);
+  void (*product)(const ProductParams&, int threads);
+  void (*projection)(const ProjectionParams&, int threads);
+  void (*projection_backward)(const ProjectionParams&, int threads);
+  void (*rotary)(const ProjectionParams&, int threads);
   double (*peak_gflops)(DType dtype);
 };
 
@@ -30,6 +34,10 @@ struct CpuKernels {
   void attention_forward(const AttentionParams&, int threads);                                             \
   void attention_backward(const AttentionBackwardParams&, int threads);                                    \
   void attention_decode(const AttentionParams&, const std::vector<AttentionParams>& samples, int threads); \
+  void product(const ProductParams&, int threads);                                                         \
+  void projection(const ProjectionParams&, int threads);                                                   \
+  void projection_backward(const ProjectionParams&, int threads);                                          \
+  void rotary(const ProjectionParams&, int threads);                                                       \
   double peak_gflops(DType dtype);                                                                         \
   }
 PYATTN_DECLARE(avx512_bf16)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_shape
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, empty_output, lse_shape
 
 try:
     from pyattn import _native
@@ -24,7 +24,7 @@ except ImportError as error:  # reported by `unavailable`, never at import
     _import_error = str(error)
 
 MAX_HEAD_DIM = 512
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # the codes of csrc/params.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # the codes of csrc/params.h
 _UNLIMITED = -1
 _NO_SIZES = (0, 0, 0, 0)
 _NO_OPTIONS = (None,) * 10  # attn_mask to dropout_seed of AttentionTensors
@@ -52,6 +52,11 @@ def isa() -> str:
     return _isa
 
 
+def engine() -> tuple[int, int]:
+    """What every kernel is called with: the number of the instruction set, and torch's number of threads."""
+    return _isa_index, torch.get_num_threads()
+
+
 @contextlib.contextmanager
 def use_isa(name: str) -> Iterator[None]:
     """Runs the kernels of another instruction set within a ``with`` block, for tests and benchmarks."""
@@ -73,7 +78,7 @@ def peak_gflops(dtype: torch.dtype, threads: int = 1) -> float:
     For bfloat16 that of the dot-product instruction where the instruction set in use has it; a core's rate times
     ``threads``.
     """
-    return threads * _native.peak_gflops(_isa_index, _DTYPES[dtype])
+    return threads * _native.peak_gflops(_isa_index, DTYPES[dtype])
 
 
 def scratch_peak_bytes(reset: bool = False) -> int:
@@ -85,13 +90,18 @@ def unavailable() -> list[str]:
     return [] if _native else [f"the extension pyattn._native is missing ({_import_error})"]
 
 
-def why_not(problem: Problem) -> list[str]:
+def why_not_operand(meta: TensorMeta) -> list[str]:
+    """Reasons against the device and the dtype of an operand."""
     reasons = []
-    if (device := problem.query.device.type) != "cpu":
-        reasons.append(f"runs on CPU tensors, these are on {device}")
-    dtype = problem.query.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"computes in float32, the input is {str(dtype).removeprefix('torch.')}")
+    if meta.device.type != "cpu":
+        reasons.append(f"runs on CPU tensors, these are on {meta.device.type}")
+    if meta.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"computes in float32, the input is {str(meta.dtype).removeprefix('torch.')}")
+    return reasons
+
+
+def why_not(problem: Problem) -> list[str]:
+    reasons = why_not_operand(problem.query)
     for name, meta in (("D", problem.query), ("Dv", problem.value)):
         if not 1 <= meta.shape[-1] <= MAX_HEAD_DIM:
             reasons.append(f"{name} must lie in [1, {MAX_HEAD_DIM}], it is {meta.shape[-1]}")
@@ -151,13 +161,13 @@ def _plan(
     if table_shape is not None:
         page_size, Lk = Lk, Lk * table_shape[1]
     return _native.AttentionPlan(
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         sizes=(B, Hq, Hkv, Lq, Lk, D, value_shape[-1]),
         query_stride=query_stride,
         key_stride=key_stride,
         value_stride=value_stride,
         lse_stride=lse_stride,
-        mask_dtype=_DTYPES[mask_dtype],
+        mask_dtype=DTYPES[mask_dtype],
         mask_stride=mask_stride,
         alibi_stride_b=Hq if slopes_by_sample else 0,
         page_size=page_size,
@@ -225,7 +235,7 @@ def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
     out = empty_output(t.query, t.value.shape[-1])
     lse = torch.empty(lse_shape(t.query), dtype=torch.float32)
     plan, addresses, seed, _alive = _call(spec, t, out, lse)
-    plan.forward(_isa_index, torch.get_num_threads(), addresses, _strides(out), seed)
+    plan.forward(*engine(), addresses, _strides(out), seed)
     return out, lse
 
 
@@ -255,8 +265,7 @@ def backward(
     plan, addresses, seed, _alive = _call(spec, t, out, lse)
     strides = Tensor.stride if t.cu_seqlens_q is None else _strides
     plan.backward(
-        _isa_index,
-        torch.get_num_threads(),
+        *engine(),
         addresses,
         strides(out),
         seed,
