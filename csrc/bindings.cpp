@@ -136,18 +136,27 @@ void product(size_t isa, int threads, int dtype, const std::array<int64_t, 3>& s
   kernels.product(p, threads);
 }
 
-// sizes: rows, depth, D, R. addresses: weight, bias, norms of q and k, cos, sin, positions, grad_norms; 0 is "not
-// given". matrices: x, residual, saved, grad_rows. flags: interleaved, inverse.
+// The floats that a packed weight, [columns, depth], takes; packs it unless `out` is 0.
+int64_t pack_weight(size_t isa, int threads, int dtype, const MatrixFields& weight, uintptr_t out) {
+  const CpuKernels& kernels = available_kernels().at(isa);
+  const Matrix m = matrix(weight);
+  const py::gil_scoped_release release;
+  return kernels.pack_weight(dtype_of(dtype), m, weight[4], weight[5], pointer<float>(out), threads);
+}
+
+// sizes: rows, depth, D, R. addresses: weight, the packed weight, bias, norms of q and k, cos, sin, positions,
+// grad_norms; 0 is "not given". matrices: x, residual, saved, grad_rows. flags: interleaved, inverse.
 void projection(const std::string& op, size_t isa, int threads, int dtype, const std::array<int64_t, 4>& sizes,
-                const std::array<uintptr_t, 8>& addresses, int64_t weight_stride, int64_t positions_stride_b,
+                const std::array<uintptr_t, 9>& addresses, int64_t weight_stride, int64_t positions_stride_b,
                 const std::array<MatrixFields, 4>& matrices, const std::array<int64_t, 3>& num_heads,
                 const std::array<MatrixFields, 3>& heads, double eps, const std::array<bool, 2>& flags) {
   const CpuKernels& kernels = available_kernels().at(isa);
   ProjectionParams p{};
   p.dtype = dtype_of(dtype);
   p.rows = sizes[0], p.depth = sizes[1], p.D = sizes[2], p.R = sizes[3];
-  const auto [weight, bias, q_norm, k_norm, cos, sin, positions, grad_norms] = addresses;
+  const auto [weight, packed, bias, q_norm, k_norm, cos, sin, positions, grad_norms] = addresses;
   p.weight = pointer<void>(weight), p.weight_stride = weight_stride, p.bias = pointer<float>(bias);
+  p.packed = pointer<float>(packed);
   p.norms[0] = pointer<float>(q_norm), p.norms[1] = pointer<float>(k_norm), p.eps = static_cast<float>(eps);
   p.cos = pointer<float>(cos), p.sin = pointer<float>(sin);
   p.positions = pointer<int64_t>(positions), p.positions_stride_b = positions_stride_b;
@@ -196,6 +205,7 @@ PYBIND11_MODULE(_native, m) {
       py::kw_only(), py::arg("dtype"), py::arg("address"), py::arg("sizes"), py::arg("strides"), py::arg("box"),
       py::arg("swizzle") = true);
   m.def("product", &product);
+  m.def("pack_weight", &pack_weight);
   m.def("projection", &projection);
   m.attr("FEW_ROWS") = kFewRows;
   m.attr("PROJECTION_ROWS") = kProjectionRows;

@@ -83,6 +83,7 @@ struct ProjectionParams {
   Matrix x;
   const void* weight;  // [heads * D, depth]
   int64_t weight_stride;
+  const float* packed;    // the weight as pack_weight leaves it, or null
   const float* bias;      // [heads * D], or null
   Matrix residual;        // as the outputs, or null data
   int64_t num_heads[3];   // of q, k and v
@@ -100,7 +101,7 @@ struct ProjectionParams {
 };
 
 constexpr int64_t kProjectionRows = 64;
-constexpr int64_t kFewRows = 8;  // of a projection that reads each weight once
+constexpr int64_t kFewRows = 32;  // of a projection that reads each weight where it lies, once for a few rows
 
 constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2; }
 

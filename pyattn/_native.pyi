@@ -76,6 +76,7 @@ def product(
     c: Sequence[int],
     /,
 ) -> None: ...
+def pack_weight(isa: int, threads: int, dtype: int, weight: Sequence[int], out: int, /) -> int: ...
 def projection(
     op: str,
     isa: int,

@@ -221,6 +221,7 @@ class ProjectionTensors(NamedTuple):
     cos: Tensor | None = None  # [max_pos, R / 2]
     sin: Tensor | None = None  # [max_pos, R / 2]
     positions: Tensor | None = None  # [B or 1, L]; None: 0 to L - 1
+    packed: Tensor | None = None  # the weight as the CPU's kernels want it; other backends take `weight`
 
 
 class ProjectionProblem(NamedTuple):

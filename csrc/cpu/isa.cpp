@@ -8,7 +8,7 @@ const std::vector<CpuKernels>& available_kernels() {
 #define PYATTN_KERNELS(ISA)                                                  \
   CpuKernels{#ISA,         ISA::attention_forward, ISA::attention_backward,  \
              ISA::product, ISA::projection,        ISA::projection_backward, \
-             ISA::rotary,  ISA::peak_gflops}
+             ISA::rotary,  ISA::pack_weight,       ISA::peak_gflops}
 #if defined(PYATTN_HAVE_AVX512) || defined(PYATTN_HAVE_AVX2)
     __builtin_cpu_init();
 #endif

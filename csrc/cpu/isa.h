@@ -26,19 +26,21 @@ struct CpuKernels {
   void (*projection)(const ProjectionParams&, int threads);
   void (*projection_backward)(const ProjectionParams&, int threads);
   void (*rotary)(const ProjectionParams&, int threads);
+  int64_t (*pack_weight)(DType dtype, const Matrix& weight, int64_t columns, int64_t depth, float* out, int threads);
   double (*peak_gflops)(DType dtype);
 };
 
-#define PYATTN_DECLARE(ISA)                                                                                \
-  namespace ISA {                                                                                          \
-  void attention_forward(const AttentionParams&, int threads);                                             \
-  void attention_backward(const AttentionBackwardParams&, int threads);                                    \
-  void attention_decode(const AttentionParams&, const std::vector<AttentionParams>& samples, int threads); \
-  void product(const ProductParams&, int threads);                                                         \
-  void projection(const ProjectionParams&, int threads);                                                   \
-  void projection_backward(const ProjectionParams&, int threads);                                          \
-  void rotary(const ProjectionParams&, int threads);                                                       \
-  double peak_gflops(DType dtype);                                                                         \
+#define PYATTN_DECLARE(ISA)                                                                                  \
+  namespace ISA {                                                                                            \
+  void attention_forward(const AttentionParams&, int threads);                                               \
+  void attention_backward(const AttentionBackwardParams&, int threads);                                      \
+  void attention_decode(const AttentionParams&, const std::vector<AttentionParams>& samples, int threads);   \
+  void product(const ProductParams&, int threads);                                                           \
+  void projection(const ProjectionParams&, int threads);                                                     \
+  void projection_backward(const ProjectionParams&, int threads);                                            \
+  void rotary(const ProjectionParams&, int threads);                                                         \
+  int64_t pack_weight(DType, const Matrix& weight, int64_t columns, int64_t depth, float* out, int threads); \
+  double peak_gflops(DType dtype);                                                                           \
   }
 PYATTN_DECLARE(avx512_bf16)
 PYATTN_DECLARE(avx512)

@@ -4,6 +4,7 @@
 //   many rows   blocks of gemm.h, made of whole heads
 //   few rows    lanes along the depth, each weight read once and where it lies: the speed of memory
 #include <cmath>
+#include <numeric>
 
 #include "gemm.h"
 
@@ -60,15 +61,10 @@ float rstd_of(const float* y, int64_t D, float eps) {
 }
 
 template <class T>
-void store_head(const float* in, int64_t D, T* out) {
+void store_run(const float* in, int64_t D, T* out) {
   int64_t e = 0;
   for (; e + kLanes <= D; e += kLanes) store_floats(out + e, load_unaligned(in + e));
   for (; e < D; ++e) from_float(in[e], out[e]);
-}
-
-template <class T>
-T* element(const Matrix& m, int64_t row, int64_t head) {
-  return static_cast<T*>(m.data) + row / m.L * m.stride_b + row % m.L * m.stride_l + head * m.stride_h;
 }
 
 // Which of q, k and v a head belongs to; afterwards `head` counts from the first of it.
@@ -78,26 +74,29 @@ int part_of(const ProjectionParams& p, int64_t& head) {
   return part;
 }
 
-// What follows the product, of one head of one row, in place; writes it.
+// Whether a head must be in one piece for what follows the product.
+bool needs_heads(const ProjectionParams& p) { return p.cos || p.norms[0] || p.norms[1]; }
+
+// What follows the product, of a run of elements of one head of one row, from `column` on; in place, and written.
 template <class T>
-void finish_head(const ProjectionParams& p, int64_t row, int64_t head, const Angles& angles, float* y) {
-  const int64_t D = p.D, all = head;
+void finish_run(const ProjectionParams& p, int64_t row, int64_t column, int64_t n, const Angles& angles, float* y) {
+  int64_t head = column / p.D;
   const int part = part_of(p, head);
   if (p.bias)
-    for (int64_t i = 0; i < D; ++i) y[i] += p.bias[all * D + i];
+    for (int64_t i = 0; i < n; ++i) y[i] += p.bias[column + i];
   if (p.residual.data) {
-    const T* residual = element<const T>(p.residual, row, all);
-    for (int64_t i = 0; i < D; ++i) y[i] += to_float(residual[i]);
+    const T* residual = element<const T>(p.residual, row, column);
+    for (int64_t i = 0; i < n; ++i) y[i] += to_float(residual[i]);
   }
   if (part < 2) {
-    if (p.saved.data) store_head(y, D, element<T>(p.saved, row, all));
+    if (p.saved.data) store_run(y, n, element<T>(p.saved, row, column));
     if (const float* norm = p.norms[part]) {
-      const float rstd = rstd_of(y, D, p.eps);
-      for (int64_t i = 0; i < D; ++i) y[i] *= rstd * norm[i];
+      const float rstd = rstd_of(y, n, p.eps);
+      for (int64_t i = 0; i < n; ++i) y[i] *= rstd * norm[i];
     }
     if (p.cos) rotate(y, angles, p.R / 2, p.interleaved, 1);
   }
-  store_head(y, D, element<T>(p.heads[part], row, head));
+  store_run(y, n, element<T>(p.heads[part], row, head * p.D + column % p.D));
 }
 
 template <class T>
@@ -105,7 +104,11 @@ void finish_rows(const ProjectionParams& p, float* c, int64_t c_row, int64_t fir
                  int64_t columns) {
   for (int64_t r = first_row; r < first_row + rows; ++r, c += c_row) {
     const Angles angles = p.cos ? angles_of(p, r) : Angles{};
-    for (int64_t e = 0; e < columns; e += p.D) finish_head<T>(p, r, (column + e) / p.D, angles, c + e);
+    for (int64_t e = 0; e < columns;) {
+      const int64_t run = std::min(p.D - (column + e) % p.D, columns - e);
+      finish_run<T>(p, r, column + e, run, angles, c + e);
+      e += run;
+    }
   }
 }
 
@@ -158,11 +161,11 @@ void call_few_products(int64_t rows, const float* x, int64_t x_row, const T* wei
 }
 
 template <class T>
-void project_few(const ProjectionParams& p, int64_t heads, int threads) {
+void project_few(const ProjectionParams& p, int64_t all_columns, int threads) {
   const int64_t words = round_up(words_of<T>(p.depth), kLanes);
-  const int64_t heads_at_once = std::max<int64_t>(kBlockColumns / p.D, 1);
-  parallel_for((heads + heads_at_once - 1) / heads_at_once, threads, [&](int64_t task) {
-    const int64_t head = task * heads_at_once, columns = std::min(heads_at_once, heads - head) * p.D;
+  const int64_t block = needs_heads(p) ? std::max<int64_t>(kLeastColumns / p.D, 1) * p.D : kLeastColumns;
+  parallel_for((all_columns + block - 1) / block, threads, [&](int64_t task) {
+    const int64_t column = task * block, columns = std::min(block, all_columns - column);
     float *x = nullptr, *c = nullptr;
     const auto carve = [&](void* base) {
       Carver carver(base);
@@ -174,12 +177,12 @@ void project_few(const ProjectionParams& p, int64_t heads, int threads) {
     std::memset(x, 0, static_cast<size_t>(p.rows * words) * sizeof(float));
     stage_along<T>(p.x, 0, p.rows, 0, p.depth, x, words);
     for (int64_t n = 0; n < columns; n += kFewWeights) {
-      const T* weight = static_cast<const T*>(p.weight) + (head * p.D + n) * p.weight_stride;
+      const T* weight = static_cast<const T*>(p.weight) + (column + n) * p.weight_stride;
       for (int64_t r = 0; r < p.rows; r += kFewTile)
         call_few_products<T>(p.rows - r, x + r * words, words, weight, p.weight_stride, columns - n, p.depth,
                              c + r * columns + n, columns);
     }
-    finish_rows<T>(p, c, columns, 0, p.rows, head * p.D, columns);
+    finish_rows<T>(p, c, columns, 0, p.rows, column, columns);
   });
 }
 
@@ -194,7 +197,7 @@ void back_through_head(const ProjectionParams& p, int64_t row, int64_t head, int
   if (p.cos) rotate(g, angles, p.R / 2, p.interleaved, -1);
   const float* norm = p.norms[part];
   if (!norm) return;
-  convert_row(element<const T>(p.saved, row, head), static_cast<int>(D), y);
+  convert_row(element<const T>(p.saved, row, head * D), static_cast<int>(D), y);
   const float rstd = rstd_of(y, D, p.eps);
   float* grad_norm = grad_norms + part * D;
   for (int64_t i = 0; i < D; ++i) {
@@ -211,13 +214,14 @@ int64_t count_heads(const ProjectionParams& p) { return p.num_heads[0] + p.num_h
 }  // namespace
 
 void projection(const ProjectionParams& p, int threads) {
-  const int64_t heads = count_heads(p);
+  const int64_t columns = count_heads(p) * p.D;
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    if (p.rows <= kFewRows) return project_few<T>(p, heads, threads);
-    const Matrix weight{const_cast<void*>(p.weight), 0, 0, p.weight_stride, heads * p.D, p.depth};
-    const Product product{p.rows, heads * p.D, p.depth, p.x, weight};
-    matrix_product<T, false, true>(product, p.D, threads,
+    if (p.rows <= kFewRows) return project_few<T>(p, columns, threads);
+    const Matrix weight{const_cast<void*>(p.weight), 0, 0, p.weight_stride, columns, p.depth};
+    const Product product{p.rows, columns, p.depth, p.x, weight, p.packed};
+    const int64_t whole = needs_heads(p) ? p.D : 1, unit = p.packed ? std::lcm(whole, int64_t{kTileLanes}) : whole;
+    matrix_product<T, false, true>(product, unit, threads,
                                    [&](float* c, int64_t c_row, int64_t row, int64_t rows, int64_t column,
                                        int64_t columns) { finish_rows<T>(p, c, c_row, row, rows, column, columns); });
   });
@@ -243,9 +247,9 @@ void projection_backward(const ProjectionParams& p, int threads) {
         for (int64_t all = 0; all < heads; ++all) {
           int64_t head = all;
           const int part = part_of(p, head);
-          convert_row(element<const T>(p.heads[part], r, head), static_cast<int>(p.D), g);
+          convert_row(element<const T>(p.heads[part], r, head * p.D), static_cast<int>(p.D), g);
           back_through_head<T>(p, r, all, part, angles, y, g, grad_norms);
-          store_head(g, p.D, element<T>(p.grad_rows, r, all));
+          store_run(g, p.D, element<T>(p.grad_rows, r, all * p.D));
         }
       }
     });
@@ -261,13 +265,29 @@ void rotary(const ProjectionParams& p, int threads) {
       for (int64_t r = task * kProjectionRows; r < std::min((task + 1) * kProjectionRows, p.rows); ++r) {
         const Angles angles = angles_of(p, r);
         for (int64_t h = 0; h < p.num_heads[0]; ++h) {
-          convert_row(element<const T>(p.x, r, h), static_cast<int>(p.D), y);
+          convert_row(element<const T>(p.x, r, h * p.D), static_cast<int>(p.D), y);
           rotate(y, angles, p.R / 2, p.interleaved, p.inverse ? -1 : 1);
-          store_head(y, p.D, element<T>(p.heads[0], r, h));
+          store_run(y, p.D, element<T>(p.heads[0], r, h * p.D));
         }
       }
     });
   });
+}
+
+// Returns the floats that a packed weight takes; packs it unless `out` is null.
+int64_t pack_weight(DType dtype, const Matrix& weight, int64_t columns, int64_t depth, float* out, int threads) {
+  int64_t floats = 0;
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    floats = packed_floats<T>(columns, depth);
+    if (!out) return;
+    std::memset(out, 0, static_cast<size_t>(floats) * sizeof(float));
+    parallel_for((depth + kDepth - 1) / kDepth, threads, [&](int64_t task) {
+      const int64_t k = task * kDepth;
+      pack_columns<T>(weight, 0, columns, k, std::min(kDepth, depth - k), out + packed_floats<T>(columns, k));
+    });
+  });
+  return floats;
 }
 
 void product(const ProductParams& p, int threads) {
@@ -276,8 +296,7 @@ void product(const ProductParams& p, int threads) {
     using T = decltype(type);
     const auto write = [&](const float* c, int64_t c_row, int64_t row, int64_t rows, int64_t column, int64_t columns) {
       for (int64_t r = row; r < row + rows; ++r, c += c_row)
-        for_runs<T>(p.c, r, column, columns,
-                    [&](T* run, int64_t offset, int64_t n) { store_head(c + offset, n, run); });
+        for_runs<T>(p.c, r, column, columns, [&](T* run, int64_t offset, int64_t n) { store_run(c + offset, n, run); });
     };
     if (p.transpose_a)
       matrix_product<T, true, false>(product, 1, threads, write);

@@ -73,7 +73,7 @@ def _call(
         *cpu.engine(),
         cpu.DTYPES[t.x.dtype],
         (B * L, H * D_in, D, 0 if t.cos is None else 2 * t.cos.shape[1]),
-        (_address(t.weight), *map(_address, vectors), _address(positions), _address(grad_norms)),
+        (_address(t.weight), _address(t.packed), *map(_address, vectors), _address(positions), _address(grad_norms)),
         0 if t.weight is None else t.weight.stride(0),
         positions_stride,
         (_heads(t.x), _heads(t.residual), _heads(saved), _NONE if grad_rows is None else _rows(grad_rows, D)),
@@ -82,6 +82,15 @@ def _call(
         spec.eps,
         (spec.interleaved, inverse),
     )
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """``weight``, ``[N, E]``, packed for the instruction set in use: float32, of one dimension."""
+    matrix = _rows(weight)
+    arguments = (*cpu.engine(), cpu.DTYPES[weight.dtype], matrix)
+    packed = torch.empty(_native.pack_weight(*arguments, 0), dtype=torch.float32)
+    _native.pack_weight(*arguments, packed.data_ptr())
+    return packed
 
 
 def projection(spec: ProjectionSpec, t: ProjectionTensors, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
