@@ -8,7 +8,7 @@ ARGS ?=
 # Of `make gpu`: a Python that has torch with CUDA, triton, pybind11, ninja and pytest; nothing is installed.
 GPU_PYTHON ?= python3
 STAGE ?= check
-BACKEND ?= triton
+BACKEND ?=
 
 PY := $(VENV)/bin/python
 CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
@@ -32,7 +32,7 @@ bench: $(VENV)/installed-bench
 
 gpu:
 	$(GPU_PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --stage $(STAGE) --backend $(BACKEND) $(ARGS)
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --stage $(STAGE) $(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
 
 report: $(VENV)/built
 	$(PY) benchmarks/report.py $(ARGS)

@@ -1,17 +1,19 @@
 """The stages of `make gpu`: what only a GPU can tell, each in under ten minutes, with no network.
 
     make gpu STAGE=check BACKEND=triton
-    make gpu STAGE=forward BACKEND=triton
+    make gpu STAGE=forward
 
 ``check`` runs compute-sanitizer over a few tests and then every test of the backend. ``forward``, ``backward`` and
-``decode`` measure: pyattn and its peers take turns with a large matrix product and a copy, whose rates are the
-machine's limits. Each row is saved as soon as it is measured, in ``results/<device>/``; a rerun goes on where it was.
+``decode`` measure: pyattn's backends and their peers take turns with a large matrix product and a copy, whose rates are
+the machine's limits. Each row is saved as soon as it is measured, in ``results/<device>/``; a rerun goes on where it
+was, and rows that tell most come first.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -20,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +43,7 @@ SANITIZERS = {"triton": ("memcheck",), "cuda": ("memcheck", "racecheck")}
 # A test of every kernel, with masks, pages, packed sequences and sizes that fill no tile.
 SMOKE = "(test_small or test_case) and (gqa or everything or family)"
 TOKENS, WIDTH = 16384, 2048  # B * L and Hq * D
+OURS = ("pyattn, cuda", "pyattn, triton")
 TOLERANCE = 0.02  # of bfloat16 results: tells a wrong kernel from a rounding one
 
 
@@ -70,17 +74,17 @@ def grid(stage: str) -> list[Cell]:
             Cell(stage, head_dim, length, False, batch, group * 8, 8, 1)
             for head_dim, group, (batch, length) in itertools.product((64, 128), (1, 4, 8), shapes)
         ]
-    cells = itertools.product((64, 128, 256), (16384, 8192, 4096, 2048, 1024, 512), (False, True))
+    cells = itertools.product((4096, 16384, 1024, 8192, 2048, 512), (128, 64, 256), (False, True))
     return [
         Cell(stage, head_dim, length, causal, TOKENS // length, WIDTH // head_dim, WIDTH // head_dim)
-        for head_dim, length, causal in cells
+        for length, head_dim, causal in cells
     ]
 
 
-def competitors(cell: Cell, backend: str) -> list[str]:
-    """Compiling FlexAttention takes seconds a shape: it is measured at two lengths."""
-    compiled = ["FlexAttention"] if cell.length in (2048, 16384) and cell.stage != "decode" else []
-    return [f"pyattn, {backend}", "SDPA flash", "SDPA cuDNN", "SDPA efficient", *compiled]
+def competitors(cell: Cell) -> list[str]:
+    """Compiling FlexAttention takes seconds a shape: it is measured at one length."""
+    compiled = ["FlexAttention"] if cell.length == 8192 and cell.stage != "decode" else []
+    return [*OURS, "SDPA flash", "SDPA cuDNN", "SDPA efficient", *compiled]
 
 
 # ---- one row -----------------------------------------------------------------------------------------------
@@ -95,13 +99,13 @@ def limits() -> tuple[dict[str, Callable[[], Any]], float, int]:
     return {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, 2.0 * n**3, 2 * source.nbytes
 
 
-def measure_cell(cell: Cell, backend: str) -> dict[str, Any]:
+def measure_cell(cell: Cell) -> dict[str, Any]:
     torch.manual_seed(0)
     query, key, value, grad = cell.inputs()
     truth = measure.Truth(query, key, value, grad, causal=cell.causal)
     runs: dict[str, Callable[[], Any]] = {}
     absent, errors = {}, {}
-    for name in competitors(cell, backend):
+    for name in competitors(cell):
         forward = peers.prepare(name, query, key, value, cell.causal)
         if isinstance(forward, str):
             absent[name] = forward
@@ -109,32 +113,32 @@ def measure_cell(cell: Cell, backend: str) -> dict[str, Any]:
         try:
             errors[name] = check(cell, forward, query, key, value, truth)
         except RuntimeError as error:  # a peer that refuses a shape says so only when it is called
-            if name.startswith("pyattn"):
+            if name in OURS:
                 raise
             absent[name] = str(error).strip().splitlines()[0]
             continue
         runs[name] = forward if cell.stage != "backward" else measure.backward_alone(forward, (query, key, value), grad)
     beside, operations, copied = limits()
     times = measure.alternate(runs | beside, rounds=5, min_time=0.3, cuda=True)
-    ours = f"pyattn, {backend}"
-    others = [name for name in runs if name != ours]
-    best = min(others, key=times.median, default=None)
+    best = min((name for name in runs if name not in OURS), key=times.median, default=None)
     forward_flops = measure.attention_flops(query, key, value, causal=cell.causal)
     both = measure.attention_flops(query, key, value, causal=cell.causal, backward=True)
     flops = both - forward_flops if cell.stage == "backward" else forward_flops
     read = (query.numel() + 2 * key.numel()) * query.element_size()
-    bandwidth = copied / times.median("copy")
+    matmul, bandwidth = operations / times.median("matmul"), copied / times.median("copy")
+    rates = {name: flops / times.median(name) for name in runs}
+    read_rates = {name: read / times.median(name) for name in runs}
     return (
         cell._asdict()
-        | {"dtype": "bfloat16", "backend": backend, "rounds": len(times.samples[ours])}
+        | {"dtype": "bfloat16", "rounds": len(times.samples["matmul"])}
         | {"microseconds": {name: significant(times.median(name) * 1e6) for name in times.samples}}
-        | {"tflops": {name: significant(flops / times.median(name) / 1e12) for name in runs}}
-        | {"gb_per_second": {name: significant(read / times.median(name) / 1e9) for name in runs}}
-        | {"speedup": {name: significant(times.ratio(name, ours)) for name in others}, "best_peer": best}
-        | {"percent_of_matmul": round(100 * flops / times.median(ours) / (operations / times.median("matmul")), 1)}
-        | {"percent_of_copy": round(100 * read / times.median(ours) / bandwidth, 1)}
-        | {"matmul_tflops": significant(operations / times.median("matmul") / 1e12)}
-        | {"copy_gb_per_second": significant(bandwidth / 1e9)}
+        | {"tflops": {name: significant(rate / 1e12) for name, rate in rates.items()}}
+        | {"gb_per_second": {name: significant(rate / 1e9) for name, rate in read_rates.items()}}
+        | {"best_peer": best}
+        | {"speedup": {name: significant(times.ratio(best, name)) for name in OURS if best and name in runs}}
+        | {"percent_of_matmul": {name: round(100 * rate / matmul, 1) for name, rate in rates.items()}}
+        | {"percent_of_copy": {name: round(100 * rate / bandwidth, 1) for name, rate in read_rates.items()}}
+        | {"matmul_tflops": significant(matmul / 1e12), "copy_gb_per_second": significant(bandwidth / 1e9)}
         | {"max_error": {name: significant(error, 2) for name, error in errors.items()}, "absent": absent}
     )
 
@@ -178,26 +182,27 @@ def run_check(backend: str) -> None:
             sys.exit(code)
 
 
-def run_measurements(stage: str, backend: str, folder: Path) -> None:
-    environment = compare.environment() | {"command": f"make gpu STAGE={stage} BACKEND={backend}"}
-    if backend == "triton":
-        import triton
-
-        environment["triton"] = triton.__version__
+def run_measurements(stage: str, folder: Path, seconds: float) -> None:
+    start = time.monotonic()
+    environment = compare.environment() | {"command": f"make gpu STAGE={stage}"}
+    if importlib.util.find_spec("triton"):
+        environment["triton"] = importlib.metadata.version("triton")
     environment["device"] = re.sub(r"\W+", "-", str(environment["gpu"]).lower())
-    path = folder / environment["device"] / f"gpu_{backend}_{stage}.json"
+    path = folder / environment["device"] / f"gpu_{stage}.json"
     cells = finished(path, environment)
     known = {Cell(**{name: cell[name] for name in Cell._fields}) for cell in cells}
     for cell in grid(stage):
         if cell in known:
             continue
-        cells.append(measure_cell(cell, backend))
+        if time.monotonic() - start > seconds:
+            print(f"gpu: stopped after {seconds:g} s; the same command goes on from here")
+            break
+        cells.append(measure_cell(cell))
         environment["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         store.save(path, environment, cells)
         row = cells[-1]
-        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in row["tflops"].items())
-        print(f"{' '.join(map(str, cell))}: TFLOP/s {rates}; {row['percent_of_matmul']}% of a matmul, "
-              f"{row['percent_of_copy']}% of a copy", flush=True)  # fmt: skip
+        times = ", ".join(f"{name} {rate:.0f}" for name, rate in row["microseconds"].items())
+        print(f"{' '.join(map(str, cell))}: us {times}; % of a matmul {row['percent_of_matmul']}", flush=True)
         torch.cuda.empty_cache()
     print(f"gpu: {path}")
 
@@ -214,17 +219,19 @@ def finished(path: Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", required=True, choices=("check", "forward", "backward", "decode"))
-    parser.add_argument("--backend", required=True, choices=sorted(TESTS))
+    parser.add_argument("--backend", choices=sorted(TESTS), help="of the check: default both")
+    parser.add_argument("--seconds", type=float, default=540, help="start no row later than this")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu: torch finds no GPU (torch.cuda.is_available() is False); nothing was run")
-    if reasons := dispatch.load(arguments.backend).unavailable():
-        sys.exit(f"gpu: backend {arguments.backend}: {'; '.join(reasons)}")
-    if arguments.stage == "check":
-        run_check(arguments.backend)
-    else:
-        run_measurements(arguments.stage, arguments.backend, arguments.results)
+    for backend in [arguments.backend] if arguments.backend else sorted(TESTS):
+        if reasons := dispatch.load(backend).unavailable():
+            sys.exit(f"gpu: backend {backend}: {'; '.join(reasons)}")
+        if arguments.stage == "check":
+            run_check(backend)
+    if arguments.stage != "check":
+        run_measurements(arguments.stage, arguments.results, arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -210,6 +210,7 @@ PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Prepared]] = {
     "xFormers": xformers,
 }
 ON_GPUS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Prepared]] = {
+    "pyattn, cuda": ours_by("cuda"),
     "pyattn, triton": ours_by("triton"),
     "SDPA flash": sdpa_by("FLASH_ATTENTION"),
     "SDPA cuDNN": sdpa_by("CUDNN_ATTENTION"),

@@ -185,10 +185,10 @@ PYBIND11_MODULE(_native, m) {
       .def("forward", &forward)
       .def("backward", &backward);
   py::class_<CudaKernel>(m, "CudaKernel")
-      .def(py::init([](const py::bytes& image, const std::string& name, int threads, int shared_bytes) {
-             return CudaKernel(image, name, threads, shared_bytes);
+      .def(py::init([](const py::bytes& image, const std::string& name, int threads, int shared_bytes, int device) {
+             return CudaKernel(image, name, threads, shared_bytes, device);
            }),
-           py::arg("image"), py::arg("name"), py::arg("threads"), py::arg("shared_bytes"))
+           py::arg("image"), py::arg("name"), py::arg("threads"), py::arg("shared_bytes"), py::arg("device"))
       .def("launch", [](const CudaKernel& kernel, int64_t blocks, uintptr_t stream, const py::bytes& params) {
         const char* bytes = PyBytes_AsString(params.ptr());
         const py::gil_scoped_release release;

@@ -121,10 +121,13 @@ def _over_queries(
 
     Tiles are transposed: so their weights are left operands of products.
     """
+    # Loads of the first turn start before the loop, behind a test whether there is a turn: division by n = 0 would let
+    # the compiler infer that there is one, and drop the test.
+    divisor = tl.maximum(n, 1)
     for i in range(n * GROUP):
-        i_g = i // n
+        i_g = i // divisor
         i_h = first_head + i_g
-        start_m = tile_start(i % n, begin, full_begin, full_end, n_left, BLOCK_M, MASKED)
+        start_m = tile_start(i % divisor, begin, full_begin, full_end, n_left, BLOCK_M, MASKED)
         o_m = start_m + tl.arange(0, BLOCK_M)
         m_m = o_m < sample.Lq
         p_q = rows.p_q + i_g * rows.stride_qh

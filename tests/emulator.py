@@ -149,9 +149,6 @@ class Emulator(launch.Gpu):
     def stream(self, device: torch.device) -> int:
         return 0
 
-    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
 
 CACHES = (launch.arch_of, launch.loaded, dispatch.why_not, dispatch.choose, dispatch.select)
 PLANS = (cuda.forward_plan, cuda.backward_plan)

@@ -292,14 +292,37 @@ def test_lengths_and_offsets_need_no_other_kernel(at_work):
 @on_emulator
 def test_an_error_of_the_driver_is_raised(at_work):
     with pytest.raises(RuntimeError, match=r"cuLibraryLoadData: CUDA error 999.*nowhere"):
-        launch._native.CudaKernel(b"/nowhere.so", "attention_fwd", 128, 0)
+        launch._native.CudaKernel(b"/nowhere.so", "attention_fwd", 128, 0, 0)
     kernel = kernel_of("forward", (64, 64), dict.fromkeys(emulator.FLAGS, 0) | {"ROWS": 1})
     code = launch.gpu.cubin(kernel.file, kernel.defines, "sm_80")
     with pytest.raises(RuntimeError, match="there is no kernel attention_bwd"):
-        launch._native.CudaKernel(code, "attention_bwd", 128, 0)
-    loaded = launch._native.CudaKernel(code, kernel.name, kernel.threads, kernel.shared_bytes)
+        launch._native.CudaKernel(code, "attention_bwd", 128, 0, 0)
+    loaded = launch._native.CudaKernel(code, kernel.name, kernel.threads, kernel.shared_bytes, 0)
     with pytest.raises(RuntimeError, match=r"at most 2\^31 - 1 blocks"):
         loaded.launch(2**31, 0, bytes(2048))
+
+
+def test_a_thread_that_has_not_used_the_gpu(at_work):
+    """As autograd's are; what its current device was, it stays."""
+    configure(racing=False)
+    kwargs = make_inputs(Case("thread", B=1, Hq=1, Hkv=1, Lq=40, Lk=40, D=64), torch.bfloat16, DEVICE)
+    with ThreadPoolExecutor(1) as pool:
+        in_new_thread = pool.submit(pyattn.testing.run, kwargs, backend="cuda").result()
+    assert torch.equal(in_new_thread, pyattn.testing.run(kwargs, backend="cuda"))
+
+
+@on_emulator
+def test_the_current_device_stays(at_work):
+    driver = ctypes.CDLL(str(emulator.driver()))
+    context, current = ctypes.c_void_p(), ctypes.c_void_p()
+    driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 1)
+    driver.cuCtxSetCurrent(context)
+    try:
+        pyattn.testing.run(make_inputs(BY_NAME["causal"], torch.bfloat16, DEVICE), backend="cuda")
+        driver.cuCtxGetCurrent(ctypes.byref(current))
+    finally:
+        driver.cuCtxSetCurrent(None)
+    assert current.value == context.value
 
 
 def test_a_driver_that_is_not_there():

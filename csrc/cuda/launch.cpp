@@ -28,7 +28,9 @@ struct Driver {
   int (*GetErrorString)(int, const char**);
   int (*DriverGetVersion)(int*);
   int (*CtxGetCurrent)(void**);
-  int (*CtxGetDevice)(int*);
+  int (*CtxSetCurrent)(void*);
+  int (*DeviceGet)(int*, int);
+  int (*DevicePrimaryCtxRetain)(void**, int);
   int (*LibraryLoadData)(void**, const void*, void*, void*, unsigned, void*, void*, unsigned);
   int (*LibraryGetKernel)(void**, void*, const char*);
   int (*KernelSetAttribute)(int, int, void*, int);
@@ -53,6 +55,26 @@ void check(int code, const char* what) {
   if (driver.GetErrorString(code, &text) || !text) text = "unknown error";
   throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(code) + ", " + text);
 }
+
+// Makes a context the thread's current one, and gives back the one that was. Threads of autograd have none until
+// something needs it, and keep the one they get here.
+class Current {
+ public:
+  explicit Current(void* context) {
+    check(driver.CtxGetCurrent(&before_), "cuCtxGetCurrent");
+    if (before_ != context) check(driver.CtxSetCurrent(context), "cuCtxSetCurrent");
+    changed_ = before_ && before_ != context;
+  }
+  ~Current() {
+    if (changed_) driver.CtxSetCurrent(before_);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  void* before_ = nullptr;
+  bool changed_ = false;
+};
 
 void require(bool holds, const std::string& argument, const char* needed, int64_t came) {
   if (!holds) throw std::invalid_argument(argument + " must " + needed + ", got " + std::to_string(came));
@@ -109,7 +131,9 @@ void cuda_open(const std::string& path) {
   find(library, "cuGetErrorString", found.GetErrorString);
   find(library, "cuDriverGetVersion", found.DriverGetVersion);
   find(library, "cuCtxGetCurrent", found.CtxGetCurrent);
-  find(library, "cuCtxGetDevice", found.CtxGetDevice);
+  find(library, "cuCtxSetCurrent", found.CtxSetCurrent);
+  find(library, "cuDeviceGet", found.DeviceGet);
+  find(library, "cuDevicePrimaryCtxRetain", found.DevicePrimaryCtxRetain);
   find(library, "cuLibraryLoadData", found.LibraryLoadData);
   find(library, "cuLibraryGetKernel", found.LibraryGetKernel);
   find(library, "cuKernelSetAttribute", found.KernelSetAttribute);
@@ -127,24 +151,25 @@ int cuda_driver_version() {
   return version;
 }
 
-CudaKernel::CudaKernel(const std::string& image, const std::string& name, int threads, int shared_bytes)
+CudaKernel::CudaKernel(const std::string& image, const std::string& name, int threads, int shared_bytes, int device)
     : threads_(threads), shared_bytes_(shared_bytes) {
   if (!driver.LaunchKernel) throw std::runtime_error("the CUDA driver has not been opened");
-  void *context = nullptr, *library = nullptr, *kernel = nullptr;
-  int device = 0;
-  check(driver.CtxGetCurrent(&context), "cuCtxGetCurrent");
-  if (!context) throw std::runtime_error("this thread has no current CUDA device");
-  check(driver.CtxGetDevice(&device), "cuCtxGetDevice");
+  void *library = nullptr, *kernel = nullptr;
+  int handle = 0;
+  check(driver.DeviceGet(&handle, device), "cuDeviceGet");
+  check(driver.DevicePrimaryCtxRetain(&context_, handle), "cuDevicePrimaryCtxRetain");  // torch's; it stays
+  const Current current(context_);
   // Never unloaded: a kernel may be part of a graph.
   check(driver.LibraryLoadData(&library, image.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0), "cuLibraryLoadData");
   check(driver.LibraryGetKernel(&kernel, library, name.c_str()), "cuLibraryGetKernel");
-  check(driver.KernelSetAttribute(kMaxDynamicSharedBytes, shared_bytes, kernel, device), "cuKernelSetAttribute");
+  check(driver.KernelSetAttribute(kMaxDynamicSharedBytes, shared_bytes, kernel, handle), "cuKernelSetAttribute");
   check(driver.KernelGetFunction(&function_, kernel), "cuKernelGetFunction");  // loads it now, not in a graph's capture
 }
 
 void CudaKernel::launch(int64_t blocks, uintptr_t stream, const void* params) const {
   if (blocks > kMaxBlocks)
     throw std::runtime_error("a launch has at most 2^31 - 1 blocks, this one " + std::to_string(blocks));
+  const Current current(context_);
   void* arguments[] = {const_cast<void*>(params)};
   check(driver.LaunchKernel(function_, static_cast<unsigned>(blocks), 1, 1, static_cast<unsigned>(threads_), 1, 1,
                             static_cast<unsigned>(shared_bytes_), reinterpret_cast<void*>(stream), arguments, nullptr),

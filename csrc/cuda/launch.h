@@ -15,16 +15,16 @@ void cuda_open(const std::string& library);
 // 13000 is 13.0: the newest CUDA whose machine code the driver takes.
 int cuda_driver_version();
 
-// A kernel of an image of machine code, loaded on the current device.
+// A kernel of an image of machine code, loaded on a device; any thread may launch it, whatever its current device.
 class CudaKernel {
  public:
-  CudaKernel(const std::string& image, const std::string& name, int threads, int shared_bytes);
+  CudaKernel(const std::string& image, const std::string& name, int threads, int shared_bytes, int device);
 
   // On a stream of the device; `params` are the kernel's only argument, by value.
   void launch(int64_t blocks, uintptr_t stream, const void* params) const;
 
  private:
-  void* function_ = nullptr;
+  void *context_ = nullptr, *function_ = nullptr;
   int threads_, shared_bytes_;
 };
 

@@ -28,6 +28,9 @@ std::string message;
 bool racing = false;
 uint32_t seed = 0;
 int launches = 0, tensor_maps = 0;
+constexpr int kDevices = 2;
+int contexts[kDevices];
+thread_local int* current = nullptr;  // as in a thread that has not used CUDA
 
 int failure(const std::string& what) {
   message = what;
@@ -55,13 +58,22 @@ int cuDriverGetVersion(int* version) {
 }
 
 int cuCtxGetCurrent(void** context) {
-  static int only;
-  *context = &only;
+  *context = current;
   return 0;
 }
 
-int cuCtxGetDevice(int* device) {
-  *device = 0;
+int cuCtxSetCurrent(void* context) {
+  current = static_cast<int*>(context);
+  return 0;
+}
+
+int cuDeviceGet(int* device, int ordinal) {
+  *device = ordinal;
+  return ordinal < kDevices ? 0 : failure("there is no device " + std::to_string(ordinal));
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = &contexts[device];
   return 0;
 }
 
@@ -93,6 +105,7 @@ int cuKernelGetFunction(void** function, void* kernel) {
 int cuLaunchKernel(void* kernel, unsigned blocks, unsigned, unsigned, unsigned threads, unsigned, unsigned,
                    unsigned shared, void*, void** params, void**) {
   ++launches;
+  if (!current) return failure("no context is current");
   auto* image = static_cast<Image*>(kernel);
   auto set_flag = reinterpret_cast<SetFlag>(dlsym(image->library, "emulator_set_flag"));
   for (const auto& [name, value] : image->flags)

@@ -58,9 +58,6 @@ class Gpu:
     def stream(self, device: torch.device) -> int:
         return torch._C._cuda_getCurrentRawStream(device.index)
 
-    def guard(self, device: torch.device) -> Any:
-        return torch.cuda.device(device)
-
 
 gpu = Gpu()
 
@@ -79,7 +76,7 @@ def unavailable() -> list[str]:
 @functools.cache
 def loaded(kernel: Kernel, device: torch.device) -> Any:
     code = gpu.cubin(kernel.file, kernel.defines, arch_of(device))
-    return _native.CudaKernel(code, kernel.name, kernel.threads, kernel.shared_bytes)
+    return _native.CudaKernel(code, kernel.name, kernel.threads, kernel.shared_bytes, device.index or 0)
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------
@@ -153,6 +150,5 @@ class Launch(NamedTuple):
 
 def run(launches: Sequence[Launch], addresses: Addresses, device: torch.device) -> None:
     """On the current stream of the tensors' device."""
-    with gpu.guard(device):
-        for launch in launches:
-            launch.run(addresses, device)
+    for launch in launches:
+        launch.run(addresses, device)
