@@ -15,6 +15,7 @@ from pyattn.kernels.launch import (
     Launch,
     Tiles,
     block_dim,
+    cdiv,
     common_arguments,
     lse_strides,
     slots_of,
@@ -422,7 +423,7 @@ def preprocess(out, lse, grad_out, grad_lse, delta):
         "Dv": v_head_dim,
         "BLOCK_DV": block_dim(v_head_dim),
     }
-    programs = B * Hq * triton.cdiv(Lq, PREPROCESS_TILES.BLOCK_M)
+    programs = B * Hq * cdiv(Lq, PREPROCESS_TILES.BLOCK_M)
     return Launch(_attention_bwd_preprocess_kernel, programs, arguments, PREPROCESS_TILES)
 
 
@@ -474,5 +475,5 @@ def dmask(spec, t, lse, grad_out, delta, grad_mask, tiles, precision):
     arguments = _arguments(spec, t, lse, grad_out, delta, precision)
     arguments |= dict(zip(("mask_B", "mask_H", "mask_Lq", "mask_Lk"), sizes, strict=True))
     arguments |= {"DMASK": grad_mask, "SUM_ROWS": sum_rows, "SUM_KEYS": sum_keys}
-    programs = sizes[0] * sizes[1] * triton.cdiv(sizes[2], tiles.BLOCK_M) * triton.cdiv(sizes[3], tiles.BLOCK_N)
+    programs = sizes[0] * sizes[1] * cdiv(sizes[2], tiles.BLOCK_M) * cdiv(sizes[3], tiles.BLOCK_N)
     return Launch(_attention_bwd_dmask_kernel, programs, arguments, tiles)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from pyattn.kernels import attention_fwd
-from pyattn.kernels.launch import NOT_SPECIALIZED, Launch, Tiles, block_dim, strides
+from pyattn.kernels.launch import NOT_SPECIALIZED, Launch, Tiles, block_dim, cdiv, strides
 from pyattn.kernels.tile import LN2, LOG2E
 
 COMBINE_TILES = Tiles(BLOCK_M=1, BLOCK_N=16, num_warps=4, num_stages=1)
@@ -59,7 +59,7 @@ def _attention_combine_kernel(
 
 def decode(spec, t, out, lse, max_keys, tiles, precision):
     """The launches that fill ``out`` and ``lse``; no sample has more than ``max_keys`` keys."""
-    num_splits = triton.cdiv(max_keys, tiles.SPLIT)
+    num_splits = cdiv(max_keys, tiles.SPLIT)
     if num_splits <= 1:
         return [attention_fwd.forward(spec, t, out, lse, tiles, precision, pack_gqa=True)]
     partial_lse = torch.empty((num_splits, *lse.shape), dtype=torch.float32, device=lse.device)

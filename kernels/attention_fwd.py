@@ -185,7 +185,6 @@ def forward(spec, t, out, lse, tiles, precision, pack_gqa=False, partial=None):
         "LSE": lse,
         "PARTIAL_OUT": partial_out,
         "PARTIAL_LSE": partial_lse,
-        "SINKS": t.sinks,
         "tiles": tiles_per_sample,
         "slots": slots,
         "num_rows": lse.numel(),

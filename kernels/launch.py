@@ -1,6 +1,7 @@
 """What a launcher returns, and the arguments that kernels share."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,21 +103,67 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     tiles: Tiles
 
-    def run(self) -> None:
-        """Starts the kernel on the current device and stream."""
-        if self.programs:
-            self.kernel[(self.programs,)](**self.keywords())
+    def run(self) -> Any:
+        """Starts the kernel on the current device and stream; returns it compiled, None from the interpreter."""
+        return self.kernel[(self.programs,)](**self.keywords()) if self.programs else None
 
     def keywords(self) -> dict[str, Any]:
         # enable_fp_fusion: Triton 3.10 will no longer do without being asked
         options = {"num_warps": self.tiles.num_warps, "num_stages": self.tiles.num_stages, "enable_fp_fusion": True}
+        return self._values() | options
+
+    def _values(self) -> dict[str, Any]:
         arguments = {**self.arguments, "BLOCK_M": self.tiles.BLOCK_M, "BLOCK_N": self.tiles.BLOCK_N}
-        return {name: arguments[name] for name in self.kernel.arg_names} | options
+        return {name: arguments[name] for name in self.kernel.arg_names}
+
+
+class Plan:
+    """Launches that have run before, for calls that differ from theirs in nothing but addresses.
+
+    Triton looks at each argument of a call to find the kernel compiled for it, which takes longer than many a kernel
+    runs. Here that is known.
+    """
+
+    def __init__(self, launches: Sequence[Launch], tensors: Iterable[str]) -> None:
+        """Runs the launches. ``tensors`` are the arguments that come anew each time; others were only made for them."""
+        known = set(tensors)
+        self.temporaries: dict[str, Tensor] = {}
+        self._steps: list[tuple[Any, list[Any], list[tuple[int, str]]]] = []
+        self.complete = True  # whether it can run again
+        for launch in launches:
+            compiled = launch.run()
+            if not launch.programs:
+                continue
+            values = launch._values()
+            tensor_at = [(i, name) for i, (name, x) in enumerate(values.items()) if isinstance(x, Tensor)]
+            for _, name in tensor_at:
+                if name not in known:
+                    self.temporaries[name] = values[name].to("meta")
+            if compiled is None:
+                self.complete = False
+            else:
+                arguments = [None if isinstance(x, Tensor) else x for x in values.values()]
+                self._steps.append((compiled[(launch.programs, 1, 1)], arguments, tensor_at))
+
+    def run(self, tensors: dict[str, Tensor | None], device: torch.device) -> None:
+        """On the current device, which is ``device``, and the current stream."""
+        made = {name: torch.empty_like(x, device=device) for name, x in self.temporaries.items()}
+        addresses = {name: x.data_ptr() for name, x in (tensors | made).items() if x is not None}
+        for start, values, tensor_at in self._steps:
+            arguments = values.copy()
+            for i, name in tensor_at:
+                arguments[i] = addresses[name]
+            start(*arguments)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Upwards; Triton's own takes microseconds."""
+    return -(-a // b)
 
 
 def block_dim(head_dim: int) -> int:
     """The width of a tile that holds ``head_dim`` columns."""
-    return max(MIN_BLOCK_D, triton.next_power_of_2(head_dim))
+    return max(MIN_BLOCK_D, 1 << (head_dim - 1).bit_length())
 
 
 def strides(letter: str, x: Tensor, axes: str) -> dict[str, int]:
@@ -138,8 +185,27 @@ def slots_of(x: Tensor, cu_seqlens: Tensor | None, rows: int, block: int) -> tup
     """
     if cu_seqlens is not None:
         return 0, x.shape[0] * rows // block + cu_seqlens.shape[0] - 1
-    tiles = triton.cdiv(x.shape[2] * rows, block)
+    tiles = cdiv(x.shape[2] * rows, block)
     return tiles, tiles * x.shape[0]
+
+
+def tensor_arguments(t: Any) -> dict[str, Tensor | None]:
+    """The tensors of ``AttentionTensors`` by the names of the arguments."""
+    return {
+        "Q": t.query,
+        "K": t.key,
+        "V": t.value,
+        "MASK": t.attn_mask,
+        "ALIBI_SLOPES": t.alibi_slopes,
+        "SINKS": t.sinks,
+        "Q_OFFSETS": t.q_offset,
+        "KV_LENGTHS": t.kv_lengths,
+        "KV_STARTS": t.kv_starts,
+        "BLOCK_TABLE": t.block_table,
+        "CU_SEQLENS_Q": t.cu_seqlens_q,
+        "CU_SEQLENS_K": t.cu_seqlens_k,
+        "SEED": t.dropout_seed,
+    }
 
 
 def common_arguments(spec: Any, t: Any, lse: Tensor) -> dict[str, Any]:
@@ -156,17 +222,7 @@ def common_arguments(spec: Any, t: Any, lse: Tensor) -> dict[str, Any]:
     else:
         mask_strides = (0, 0, 0, 0)
     return {
-        "Q": t.query,
-        "K": t.key,
-        "V": t.value,
-        "MASK": mask,
-        "ALIBI_SLOPES": t.alibi_slopes,
-        "Q_OFFSETS": t.q_offset,
-        "KV_LENGTHS": t.kv_lengths,
-        "KV_STARTS": t.kv_starts,
-        "CU_SEQLENS_Q": t.cu_seqlens_q,
-        "CU_SEQLENS_K": t.cu_seqlens_k,
-        "SEED": t.dropout_seed,
+        **tensor_arguments(t),
         **strides("q", t.query, "bhm"),
         **strides("k", t.key, "bhn"),
         **strides("v", t.value, "bhn"),
@@ -199,10 +255,9 @@ def paged_arguments(t: Any) -> dict[str, Any]:
     """What the forward takes of pages; ``Lk`` is then what the block table can address."""
     table = t.block_table
     if table is None:
-        return {"BLOCK_TABLE": None, "stride_tb": 0, "stride_tn": 0, "num_pages": 0, "PAGE_SIZE": 1}
+        return {"stride_tb": 0, "stride_tn": 0, "num_pages": 0, "PAGE_SIZE": 1}
     num_pages, page_size = t.key.shape[0], t.key.shape[2]
     return {
-        "BLOCK_TABLE": table,
         "stride_tb": table.stride(0),
         "stride_tn": table.stride(1),
         "num_pages": num_pages,

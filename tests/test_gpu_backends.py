@@ -244,3 +244,18 @@ def test_the_current_stream(kernels):
 def test_the_tensors_device(kernels):
     kwargs = make_inputs(BY_NAME["causal"], kernels.dtype, "cuda:1")
     check_case({"out": kernels.run(kwargs)}, BY_NAME["causal"], kernels.dtype)
+
+
+@in_two_types
+@pytest.mark.parametrize("length", [1, 40], ids=["decode", "forward"])
+def test_a_later_call_of_the_same_kind_takes_its_own_tensors(length, kernels):
+    """What is kept of the first call, in which one tensor is query, key and value, is no tensor of it."""
+    case = Case("again", B=1, Hq=2, Hkv=2, Lq=length, Lk=length, D=16)
+    kwargs = make_inputs(case, kernels.dtype, DEVICE, requires_grad=True)
+    one = kwargs["query"].detach().requires_grad_()
+    for inputs in (kwargs | {"query": one, "key": one, "value": one}, kwargs):
+        grads = random_grads(kernels.results(inputs))
+        actual = kernels.results(inputs, OUTPUTS, grads)
+        expected = forward_and_gradients(inputs, lambda k: run(k, backend="reference", return_lse=True), OUTPUTS, grads)
+        for name, x in expected.items():
+            torch.testing.assert_close(actual[name].float(), x.float(), atol=0.03, rtol=0.03, msg=name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ try:
     import triton
 
     from pyattn.kernels import attention_bwd, attention_decode, attention_fwd
-    from pyattn.kernels.launch import INTERPRETED, Launch, Tiles, allows_tf32, default_tiles
+    from pyattn.kernels.launch import INTERPRETED, Launch, Plan, Tiles, allows_tf32, default_tiles, tensor_arguments
 except ImportError as error:  # reported by `unavailable`, never at import
     _import_error = str(error)
 else:
@@ -132,11 +132,35 @@ def describe(problem: Problem) -> str:
     return f"parts of {tiles.SPLIT} keys, {tiles}"
 
 
-def _run(launches: Sequence[Launch], device: torch.device) -> None:
-    """On the current stream of the tensors' device."""
+# By kind of call. Kinds are as many as there are lengths, so an old one has to go some time.
+_plans: dict[Any, Plan] = {}
+_MAX_PLANS = 4096
+
+
+def start(
+    kind: tuple[Any, ...],
+    launches: Callable[[], Sequence[Launch]],
+    tensors: dict[str, Tensor | None],
+    device: torch.device,
+) -> None:
+    """Runs launches on the current stream of ``device``, by the plan of an earlier call of this kind if there is one.
+
+    Args:
+        kind: all that the launches depend on but their tensors' addresses.
+        launches: makes them.
+        tensors: the arguments that the caller keeps, by the kernels' names for them.
+        device: of the tensors.
+    """
+    aligned = tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors.values()])
+    key = (*kind, aligned, DECODE_ROWS, frozenset(_forced.items()) if _forced else None)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for launch in launches:
-            launch.run()
+        if plan := _plans.get(key):
+            return plan.run(tensors, device)
+        plan = Plan(launches(), tensors)
+        if plan.complete:
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -164,7 +188,10 @@ def forward_launches(spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse:
 def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
     out = empty_output(t.query, t.value.shape[-1])
     lse = t.query.new_empty(lse_shape(t.query), dtype=torch.float32)
-    _run(forward_launches(spec, t, out, lse, arch(t.query.device)), t.query.device)
+    device = t.query.device
+    kind = Problem.of("forward", spec, t), _precision(t.query.dtype)
+    tensors = tensor_arguments(t) | {"OUT": out, "LSE": lse}
+    start(kind, lambda: forward_launches(spec, t, out, lse, arch(device)), tensors, device)
     return out, lse
 
 
@@ -220,5 +247,19 @@ def backward(
         assert t.attn_mask is not None
         grad_mask = t.attn_mask.new_empty(t.attn_mask.shape)
     device = t.query.device
-    _run(backward_launches(spec, t, out, lse, delta, grad_out, grad_lse, grads, grad_mask, arch(device)), device)
+    tensors = tensor_arguments(t) | {
+        "OUT": out,
+        "LSE": lse,
+        "DELTA": delta,
+        "DO": grad_out,
+        "DLSE": grad_lse,
+        "DQ": grads[0],
+        "DK": grads[1],
+        "DV": grads[2],
+        "DMASK": grad_mask,
+    }
+    # Where gradients lie follows from where the inputs do.
+    kind = Problem.of("backward", spec, t), _precision(t.query.dtype), out.stride(), grad_out.stride()
+    arguments = (spec, t, out, lse, delta, grad_out, grad_lse, grads, grad_mask, arch(device))
+    start((*kind, grad_lse is None, needs_mask_grad), lambda: backward_launches(*arguments), tensors, device)
     return *grads, grad_mask, None if t.sinks is None else sink_gradient(t.sinks, lse, delta)
