@@ -39,7 +39,9 @@ class Rotary(NamedTuple):
 
 def _like(x: Tensor) -> tuple[torch.dtype, ...]:
     """Dtypes that an operand of a product with ``x`` may have: under autocast all, since they will be cast."""
-    return checks.FLOAT_DTYPES if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return checks.FLOAT_DTYPES if autocast else (x.dtype,)
 
 
 def _check_linear(name: str, x: Any, rank: int, layout: str, weight: Any, bias: Any, weight_layout: str) -> None:

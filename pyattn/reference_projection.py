@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyattn.spec import ProjectionProblem, ProjectionSpec, ProjectionTensors
+from pyattn.spec import ProjectionProblem, ProjectionSpec, ProjectionTensors, head_dim
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -74,7 +74,7 @@ def projection(spec: ProjectionSpec, t: ProjectionTensors, save: bool) -> tuple[
     dtype, wide = t.x.dtype, _wide(t.x.dtype)
     B, _, L, _ = t.x.shape
     y = F.linear(_rows(t.x).to(wide), t.weight.to(wide), None if t.bias is None else t.bias.to(wide))
-    y = y.view(B, L, spec.num_heads, -1).transpose(1, 2)  # [B, num_heads, L, D]
+    y = y.view(B, L, spec.num_heads, head_dim(spec, t)).transpose(1, 2)  # [B, num_heads, L, D]
     if t.residual is not None:
         y = y + t.residual.to(wide)
     saved = y[:, : spec.num_q + spec.num_k].to(dtype).contiguous() if save else t.x.new_empty(0)

@@ -3,6 +3,7 @@
 //
 //   many rows   blocks of gemm.h, made of whole heads
 //   few rows    lanes along the depth, each weight read once and where it lies: the speed of memory
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 
@@ -188,10 +189,10 @@ void project_few(const ProjectionParams& p, int64_t all_columns, int threads) {
 
 // ---- the way back ----
 
-// From the gradient of what finish_head wrote to that of its product, in place; adds to the norm's gradient.
+// From the gradient of what finish_run wrote to that of its product, in place; adds to the norm's gradient.
 template <class T>
 void back_through_head(const ProjectionParams& p, int64_t row, int64_t head, int part, const Angles& angles, float* y,
-                       float* g, float* grad_norms) {
+                       float* g, double* grad_norms) {
   const int64_t D = p.D;
   if (part == 2) return;
   if (p.cos) rotate(g, angles, p.R / 2, p.interleaved, -1);
@@ -199,7 +200,7 @@ void back_through_head(const ProjectionParams& p, int64_t row, int64_t head, int
   if (!norm) return;
   convert_row(element<const T>(p.saved, row, head * D), static_cast<int>(D), y);
   const float rstd = rstd_of(y, D, p.eps);
-  float* grad_norm = grad_norms + part * D;
+  double* grad_norm = grad_norms + part * D;
   for (int64_t i = 0; i < D; ++i) {
     y[i] *= rstd;
     grad_norm[i] += g[i] * y[i];
@@ -231,15 +232,16 @@ void projection_backward(const ProjectionParams& p, int threads) {
   const int64_t heads = count_heads(p);
   parallel_for((p.rows + kProjectionRows - 1) / kProjectionRows, threads, [&](int64_t task) {
     float *y = nullptr, *g = nullptr;
+    double* grad_norms = nullptr;
     const auto carve = [&](void* base) {
       Carver carver(base);
       y = carver.take<float>(p.D);
       g = carver.take<float>(p.D);
+      grad_norms = carver.take<double>(2 * p.D);
       return carver.used();
     };
     carve(thread_scratch(carve(nullptr)));
-    float* grad_norms = p.grad_norms ? p.grad_norms + task * 2 * p.D : nullptr;
-    if (grad_norms) std::memset(grad_norms, 0, static_cast<size_t>(2 * p.D) * sizeof(float));
+    std::fill_n(grad_norms, 2 * p.D, 0.0);
     with_dtype(p.dtype, [&](auto type) {
       using T = decltype(type);
       for (int64_t r = task * kProjectionRows; r < std::min((task + 1) * kProjectionRows, p.rows); ++r) {
@@ -253,6 +255,7 @@ void projection_backward(const ProjectionParams& p, int threads) {
         }
       }
     });
+    if (p.grad_norms) std::copy_n(grad_norms, 2 * p.D, p.grad_norms + task * 2 * p.D);
   });
 }
 
