@@ -97,7 +97,11 @@ def load_for(problem: AnyProblem, name: str) -> Any:
 def order(problem: AnyProblem) -> tuple[str, ...]:
     """Names of the backends that there are for a problem, most preferred first."""
     names = ORDER.get(problem.device.type, ("reference",))
-    return names if isinstance(problem, Problem) else tuple(name for name in names if name in _PROJECTION_MODULES)
+    if not isinstance(problem, Problem):
+        return tuple(name for name in names if name in _PROJECTION_MODULES)
+    if names[0] == "cuda" and load("cuda").slower_than_triton(problem):  # type: ignore[attr-defined]
+        return names[1], names[0], *names[2:]
+    return names
 
 
 def check_backend(name: str | None) -> str:

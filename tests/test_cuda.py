@@ -337,6 +337,20 @@ def test_without_a_gpu_there_is_a_reason():
     assert dispatch.load("cuda").unavailable() == ["torch finds no GPU"]
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_triton_comes_first_where_it_was_faster(arch, monkeypatch):
+    monkeypatch.setattr(cuda, "unavailable", list)
+    monkeypatch.setattr(cuda, "arch_of", lambda device: arch)
+    hopper = arch == "sm_90a"
+    for name, triton_first in {"causal": hopper, "decode": False, "packed": hopper, "packed, many": hopper}.items():
+        problem = pyattn.explain(**make_inputs(BY_NAME[name], torch.bfloat16)).problem
+        on_gpu = [x and x._replace(device=torch.device("cuda", 0)) for x in problem.tensors]
+        problem = problem._replace(tensors=tuple(on_gpu))
+        first = "triton" if triton_first else "cuda"
+        assert dispatch.order(problem)[0] == first, name
+        assert dispatch.order(problem._replace(op="backward"))[0] == ("triton" if hopper else "cuda")
+
+
 def test_reasons_are_named(at_work):
     query = torch.randn(1, 2, 5, 300, device=DEVICE)
     text = str(pyattn.explain(query, query, query, backend="cuda"))

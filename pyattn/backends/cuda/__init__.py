@@ -20,7 +20,16 @@ from pyattn.backends.cuda.kernels import Kernel, combine_kernel, kernel_of, prep
 from pyattn.backends.cuda.launch import Addresses, Launch, arch_of, pack_numbers, run, unavailable
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, empty_output, lse_shape, sink_gradient
 
-__all__ = ["backward", "backward_plan", "describe", "forward", "forward_plan", "unavailable", "why_not"]
+__all__ = [
+    "backward",
+    "backward_plan",
+    "describe",
+    "forward",
+    "forward_plan",
+    "slower_than_triton",
+    "unavailable",
+    "why_not",
+]
 
 MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**30  # rows and keys are counted in 32 bits, with room for an offset
@@ -168,6 +177,16 @@ def _decode_rows(spec: AttentionSpec, query: Any, key: Any, packed: bool) -> int
         return None  # nobody has said, and to look would be to wait for the GPU
     rows = queries * (query.shape[1] // max(key.shape[1], 1))
     return rows if rows <= DECODE_ROWS else None
+
+
+def slower_than_triton(problem: Problem) -> bool:
+    """As measured: on Hopper, but for few queries. These kernels multiply with the instructions of sm_80.
+
+    See ``benchmarks/results/nvidia-h100-80gb-hbm3``.
+    """
+    if unavailable() or not arch_of(problem.device).startswith("sm_90"):
+        return False
+    return problem.op == "backward" or _decode_rows(problem.spec, problem.query, problem.key, problem.packed) is None
 
 
 def _slots(x: TensorMeta, cu_seqlens: TensorMeta | None, rows: int, block: int) -> dict[str, int]:
