@@ -208,7 +208,7 @@ MUTANTS = {
         "window, both sides", NUMBER),
     "dropped tile": ("attention_fwd.cuh", "first_key < tiles.end; first_key += BLOCK_N",
         "first_key + BLOCK_N < tiles.end; first_key += BLOCK_N", "tiles, gqa", NUMBER),
-    "part forgotten": ("attention_decode.cuh", "split += WARPS", "split += WARPS + 1", "decode", NUMBER),
+    "part forgotten": ("attention_decode.cuh", "split < p.num_splits ?", "split < p.num_splits - 1 ?", "decode", NUMBER),
     "warp forgotten": ("attention_fwd.cuh", "other < WARPS_N - 1", "other < WARPS_N - 2", "decode", NUMBER),
     "page off by one": ("tile.cuh", "n % size * stride_l", "(n + 1) % size * stride_l", "paged", NUMBER),
     "wrong philox block": ("attention_bwd_dkdv.cuh", "first_key / 8 + lane() / 16", "first_key / 8",

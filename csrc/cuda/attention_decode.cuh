@@ -2,10 +2,11 @@
 // inference"): out = sum_s exp(lse_s - lse) out_s. Here the sink comes in, once.
 //
 // A block has one row, each of its 4 warps every fourth part, each thread every 32nd column; BLOCK_DV columns in all.
+// Four parts of a warp are loaded before the first is added: one after the other they would take a trip to memory each.
 // Shared memory: [4 warps] of [BLOCK_DV] columns and a sum.
 #include "tile.cuh"
 
-constexpr int COLS = BLOCK_DV / 32, WARPS = THREADS / 32;
+constexpr int COLS = BLOCK_DV / 32, WARPS = THREADS / 32, AT_ONCE = 4;
 
 KERNEL(attention_combine) {
   const int i_row = prim::block(), i_head = i_row / p.Lq;
@@ -20,15 +21,29 @@ KERNEL(attention_combine) {
   const float base = top == -INFINITY ? 0 : top;
 
   float out[COLS] = {}, sum = 0;
-  for (int split = warp; split < p.num_splits; split += WARPS) {
-    const int64_t row = split * p.num_rows + i_row;
-    const float lse = p.partial_lse[row];
-    if (lse == -INFINITY) continue;
-    const float weight = prim::exp2((lse - base) * LOG2E);
-    sum += weight;
+  for (int first = warp; first < p.num_splits; first += WARPS * AT_ONCE) {
+    float weights[AT_ONCE], parts[AT_ONCE][COLS];
 #pragma unroll
-    for (int i = 0; i < COLS; ++i)
-      if (i * 32 + lane() < p.Dv) out[i] += weight * p.partial_out[row * p.Dv + i * 32 + lane()];
+    for (int j = 0; j < AT_ONCE; ++j) {
+      const int split = first + j * WARPS;
+      const float lse = split < p.num_splits ? p.partial_lse[split * p.num_rows + i_row] : -INFINITY;
+      weights[j] = lse == -INFINITY ? 0 : prim::exp2((lse - base) * LOG2E);
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      const float* part = p.partial_out + ((first + j * WARPS) * p.num_rows + i_row) * p.Dv;
+#pragma unroll
+      for (int i = 0; i < COLS; ++i) {  // a part without keys has written no out
+        const int column = i * 32 + lane();
+        parts[j][i] = weights[j] != 0 && column < p.Dv ? part[column] : 0;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      sum += weights[j];
+#pragma unroll
+      for (int i = 0; i < COLS; ++i) out[i] += weights[j] * parts[j][i];
+    }
   }
   const uint32_t shared = prim::shared_base(), mine = shared + warp * (BLOCK_DV + 1) * 4;
 #pragma unroll
