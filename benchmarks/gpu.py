@@ -33,6 +33,7 @@ import torch
 from suite import significant
 from torch import Tensor
 
+import pyattn
 from pyattn import compare, dispatch, measure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +121,8 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
         runs[name] = forward if cell.stage != "backward" else measure.backward_alone(forward, (query, key, value), grad)
     beside, operations, copied = limits()
     times = measure.alternate(runs | beside, rounds=5, min_time=0.3, cuda=True)
-    best = min((name for name in runs if name not in OURS), key=times.median, default=None)
+    op = "backward" if cell.stage == "backward" else "forward"
+    chosen = f"pyattn, {pyattn.explain(query, key, value, causal=cell.causal).chosen[op]}"
     forward_flops = measure.attention_flops(query, key, value, causal=cell.causal)
     both = measure.attention_flops(query, key, value, causal=cell.causal, backward=True)
     flops = both - forward_flops if cell.stage == "backward" else forward_flops
@@ -134,8 +136,8 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
         | {"microseconds": {name: significant(times.median(name) * 1e6) for name in times.samples}}
         | {"tflops": {name: significant(rate / 1e12) for name, rate in rates.items()}}
         | {"gb_per_second": {name: significant(rate / 1e9) for name, rate in read_rates.items()}}
-        | {"best_peer": best}
-        | {"speedup": {name: significant(times.ratio(best, name)) for name in OURS if best and name in runs}}
+        | {"chosen": chosen}
+        | {"speedup": {name: significant(times.ratio(name, chosen)) for name in runs if name not in OURS}}
         | {"percent_of_matmul": {name: round(100 * rate / matmul, 1) for name, rate in rates.items()}}
         | {"percent_of_copy": {name: round(100 * rate / bandwidth, 1) for name, rate in read_rates.items()}}
         | {"matmul_tflops": significant(matmul / 1e12), "copy_gb_per_second": significant(bandwidth / 1e9)}
