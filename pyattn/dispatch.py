@@ -30,6 +30,7 @@ _MODULES = {
 }
 _PROJECTION_MODULES = {
     "cpu": "pyattn.backends.cpu.projection",
+    "triton": "pyattn.backends.triton.projection",
     "reference": "pyattn.reference_projection",
 }
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}

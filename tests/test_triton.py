@@ -166,12 +166,12 @@ def test_more_rows_than_one_tile_of_16(mask, dtype):
 
 
 def test_products_of_float32_are_exact_unless_torch_allows_tf32():
-    assert backend._precision(torch.float32) == "ieee"
+    assert backend.precision(torch.float32) == "ieee"
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        assert backend._precision(torch.float32) == "tf32"
-        assert backend._precision(torch.bfloat16) == "ieee"
+        assert backend.precision(torch.float32) == "tf32"
+        assert backend.precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyattn import tuning
-from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output, lse_shape, sink_gradient
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, empty_output, lse_shape, sink_gradient
 
 try:
     import triton
@@ -78,18 +78,24 @@ def unavailable() -> list[str]:
     return []
 
 
-def why_not(problem: Problem) -> list[str]:
+def why_not_operand(meta: TensorMeta) -> list[str]:
+    """Reasons against the device and the dtype of an operand."""
     reasons = []
-    query = problem.query
     if INTERPRETED:
-        if query.device.type != "cpu":
-            reasons.append(f"is in Triton's interpreter, which takes CPU tensors; these are on {query.device.type}")
-    elif query.device.type != "cuda":
-        reasons.append(f"runs on GPU tensors, these are on {query.device.type}")
-    elif torch.version.hip is None and (capability := torch.cuda.get_device_capability(query.device)) < (8, 0):
+        if meta.device.type != "cpu":
+            reasons.append(f"is in Triton's interpreter, which takes CPU tensors; these are on {meta.device.type}")
+    elif meta.device.type != "cuda":
+        reasons.append(f"runs on GPU tensors, these are on {meta.device.type}")
+    elif torch.version.hip is None and (capability := torch.cuda.get_device_capability(meta.device)) < (8, 0):
         reasons.append(f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
-    if query.dtype not in _DTYPES:
-        reasons.append(f"computes in float32, the input is {str(query.dtype).removeprefix('torch.')}")
+    if meta.dtype not in _DTYPES:
+        reasons.append(f"computes in float32, the input is {str(meta.dtype).removeprefix('torch.')}")
+    return reasons
+
+
+def why_not(problem: Problem) -> list[str]:
+    query = problem.query
+    reasons = why_not_operand(query)
     for name, meta in (("D", query), ("Dv", problem.value)):
         if not 1 <= meta.shape[-1] <= MAX_HEAD_DIM:
             reasons.append(f"{name} must lie in [1, {MAX_HEAD_DIM}], it is {meta.shape[-1]}")
@@ -132,6 +138,13 @@ def describe(problem: Problem) -> str:
     return f"parts of {tiles.SPLIT} keys, {tiles}"
 
 
+def run(launches: Sequence[Launch], device: torch.device) -> None:
+    """On the current stream of the tensors' device."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for launch in launches:
+            launch.run()
+
+
 # By kind of call. Kinds are as many as there are lengths, so an old one has to go some time.
 _plans: dict[Any, Plan] = {}
 _MAX_PLANS = 4096
@@ -163,7 +176,7 @@ def start(
             _plans[key] = plan
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
@@ -178,18 +191,18 @@ def _max_keys(spec: AttentionSpec, t: AttentionTensors) -> int:
 def forward_launches(spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse: Tensor, arch: str) -> list[Launch]:
     """The kernels that fill ``out`` and ``lse``."""
     args = _kind(spec, arch, t.query, t.value, t.attn_mask is not None)
-    precision = _precision(t.query.dtype)
+    products = precision(t.query.dtype)
     rows = _decode_rows(spec, t.query, t.key, t.cu_seqlens_q is not None)
     if rows is None:
-        return [attention_fwd.forward(spec, t, out, lse, tiles_for("forward", *args), precision)]
-    return attention_decode.decode(spec, t, out, lse, _max_keys(spec, t), _decode_tiles(rows, *args), precision)
+        return [attention_fwd.forward(spec, t, out, lse, tiles_for("forward", *args), products)]
+    return attention_decode.decode(spec, t, out, lse, _max_keys(spec, t), _decode_tiles(rows, *args), products)
 
 
 def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
     out = empty_output(t.query, t.value.shape[-1])
     lse = t.query.new_empty(lse_shape(t.query), dtype=torch.float32)
     device = t.query.device
-    kind = Problem.of("forward", spec, t), _precision(t.query.dtype)
+    kind = Problem.of("forward", spec, t), precision(t.query.dtype)
     tensors = tensor_arguments(t) | {"OUT": out, "LSE": lse}
     start(kind, lambda: forward_launches(spec, t, out, lse, arch(device)), tensors, device)
     return out, lse
@@ -216,16 +229,16 @@ def backward_launches(
 ) -> list[Launch]:
     """The kernels that fill ``delta``, then ``grads`` of query, key and value, and the mask's."""
     args = _kind(spec, arch, t.query, t.value, t.attn_mask is not None)
-    precision = _precision(t.query.dtype)
+    products = precision(t.query.dtype)
     common = (spec, t, lse, grad_out, delta)
     by_keys, by_queries = tiles_for("dkdv", *args), tiles_for("dq", *args)
     launches = [
         attention_bwd.preprocess(out, lse, grad_out, grad_lse, delta),
-        attention_bwd.dkdv(*common, grads[1], grads[2], by_keys, precision),
-        attention_bwd.dq(*common, grads[0], by_queries, precision),
+        attention_bwd.dkdv(*common, grads[1], grads[2], by_keys, products),
+        attention_bwd.dq(*common, grads[0], by_queries, products),
     ]
     if grad_mask is not None:
-        launches.append(attention_bwd.dmask(*common, grad_mask, by_queries, precision))
+        launches.append(attention_bwd.dmask(*common, grad_mask, by_queries, products))
     return launches
 
 
@@ -259,7 +272,7 @@ def backward(
         "DMASK": grad_mask,
     }
     # Where gradients lie follows from where the inputs do.
-    kind = Problem.of("backward", spec, t), _precision(t.query.dtype), out.stride(), grad_out.stride()
+    kind = Problem.of("backward", spec, t), precision(t.query.dtype), out.stride(), grad_out.stride()
     arguments = (spec, t, out, lse, delta, grad_out, grad_lse, grads, grad_mask, arch(device))
     start((*kind, grad_lse is None, needs_mask_grad), lambda: backward_launches(*arguments), tensors, device)
     return *grads, grad_mask, None if t.sinks is None else sink_gradient(t.sinks, lse, delta)

@@ -1,0 +1,205 @@
+"""Multi-head projections by the Triton kernels of ``pyattn.kernels.projection``.
+
+There are two ways to a forward. "fused" multiplies in Triton and finishes the tiles while they are in registers;
+"split" leaves the product to torch (cuBLAS, hipBLASLt) and finishes it in one more pass over memory. ``way`` says which
+is taken; the products of the backward are torch's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyattn.backends import triton
+from pyattn.spec import ProjectionProblem, ProjectionSpec, ProjectionTensors, empty_heads, head_dim
+
+with contextlib.suppress(ImportError):  # reported by `unavailable`
+    from pyattn.kernels import projection as kernels
+
+Way = Literal["fused", "split"]
+MAX_FUSED_HEAD_DIM = 256  # of heads with an epilogue: a tile holds whole ones
+MAX_HEAD_DIM = 1024
+MAX_ROWS = 2**30  # tokens are counted in 32 bits
+FUSED_DEPTH = 2048  # columns of x up to which a pass over memory saved is worth more than a faster product
+
+_forced: list[Way] = []
+_tiles: list[Any] = []
+
+
+@contextlib.contextmanager
+def use(way: Way | None = None, tiles: Any = None) -> Iterator[None]:
+    """That way, where it can be gone, and these ``kernels.ProjectionTiles`` of the fused product: for tests and tuning."""
+    before = _forced[:], _tiles[:]
+    _forced[:], _tiles[:] = [way] if way else _forced, [tiles] if tiles else _tiles
+    try:
+        yield
+    finally:
+        _forced[:], _tiles[:] = before
+
+
+def way(dtype: torch.dtype, depth: int, D: int, plain: bool) -> Way:
+    """How a forward goes: see above. ``plain`` is ``kernels.is_plain``, D the head dim of the outputs."""
+    if D > MAX_FUSED_HEAD_DIM and not plain:
+        return "split"
+    if _forced:
+        return _forced[0]
+    return "fused" if dtype != torch.float32 and depth <= FUSED_DEPTH else "split"
+
+
+# ---- what it can, and how ------------------------------------------------------------------------------------
+
+
+def unavailable() -> list[str]:
+    return triton.unavailable()
+
+
+def why_not(problem: ProjectionProblem) -> list[str]:
+    reasons = triton.why_not_operand(problem.x)
+    D = problem.head_dim
+    if problem.op == "rotary" or not _is_plain(problem):
+        if not 1 <= D <= MAX_HEAD_DIM:
+            reasons.append(f"D must lie in [1, {MAX_HEAD_DIM}], it is {D}")
+    elif not D:
+        reasons.append("D must be at least 1, it is 0")
+    if problem.rows >= MAX_ROWS:
+        reasons.append(f"takes at most {MAX_ROWS - 1} tokens")
+    return reasons
+
+
+def _is_plain(problem: ProjectionProblem) -> bool:
+    return problem.spec.num_heads == 1 and not any(map(problem.has, ("q_norm", "k_norm", "cos")))
+
+
+def describe(problem: ProjectionProblem) -> str:
+    tiles = kernels.rows_tiles(problem.head_dim)
+    if problem.op == "rotary":
+        return f"rotary alone, {tiles}"
+    if problem.op == "backward":
+        return f"epilogue in {tiles}; products by torch"
+    spec, x, plain = problem.spec, problem.x, _is_plain(problem)
+    columns, depth = problem.weight_shape
+    if way(x.dtype, depth, problem.head_dim, plain) == "fused":
+        tiles = _product_tiles(x.device, x.dtype, problem.rows, columns, spec, plain)
+        return f"product and epilogue in {tiles}"
+    return "product by torch" if plain else f"product by torch, epilogue in {tiles}"
+
+
+def _product_tiles(
+    device: torch.device, dtype: torch.dtype, rows: int, columns: int, spec: ProjectionSpec, plain: bool
+) -> Any:
+    if _tiles:
+        return _tiles[0]
+    return kernels.product_tiles(triton.arch(device), dtype, rows, columns, spec, plain)
+
+
+# ---- the backend ---------------------------------------------------------------------------------------------
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _ready(t: ProjectionTensors) -> ProjectionTensors:
+    """As kernels read them: vectors and tables contiguous, rows of the residual dense."""
+    vectors = {name: _dense(getattr(t, name)) for name in ("bias", "q_norm", "k_norm", "cos", "sin", "positions")}
+    residual = t.residual if t.residual is None or t.residual.stride(-1) == 1 else t.residual.contiguous()
+    return t._replace(residual=residual, **vectors)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[B, H, L, D]`` as ``[B * L, H * D]``: a copy only where the heads do not lie side by side."""
+    return x.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def projection(spec: ProjectionSpec, t: ProjectionTensors, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert t.weight is not None
+    plain, D, (columns, depth) = kernels.is_plain(spec, t), head_dim(spec, t), t.weight.shape
+    if way(t.x.dtype, depth, D, plain) == "split":
+        return _split(spec, t, save, plain)
+    t = _ready(t)
+    outputs, saved = empty_heads(spec, t), _empty_saved(spec, t, save)
+    tiles = _product_tiles(t.x.device, t.x.dtype, t.x.shape[0] * t.x.shape[2], columns, spec, plain)
+    launch = kernels.forward(spec, t, outputs, saved if save else None, tiles, triton.precision(t.x.dtype))
+    triton.run([launch], t.x.device)
+    return *outputs, saved
+
+
+def _empty_saved(spec: ProjectionSpec, t: ProjectionTensors, save: bool) -> Tensor:
+    B, _, L, _ = t.x.shape
+    return t.x.new_empty((B, spec.num_q + spec.num_k, L, head_dim(spec, t)) if save else 0)
+
+
+def _split(
+    spec: ProjectionSpec, t: ProjectionTensors, save: bool, plain: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The other way: torch multiplies and adds, then q, k and v are made of it."""
+    assert t.weight is not None
+    B, _, L, _ = t.x.shape
+    y = F.linear(_rows(t.x), t.weight, t.bias).view(B, L, spec.num_heads, -1).transpose(1, 2)
+    if t.residual is not None:
+        y.add_(t.residual)
+    if plain:
+        whole = y.view(B, 1, L, -1)
+        none = whole.new_empty((B, 0, L, y.shape[-1]))
+        saved = whole[:, : spec.num_q + spec.num_k].clone() if save else whole.new_empty(0)
+        q, k, v = (whole if n else none for n in spec[:3])
+        return q, k, v, saved
+    outputs, saved = empty_heads(spec, t), _empty_saved(spec, t, save)
+    triton.run([kernels.epilogue(spec, _ready(t), y, outputs, saved if save else None)], y.device)
+    return *outputs, saved
+
+
+def projection_backward(
+    spec: ProjectionSpec,
+    t: ProjectionTensors,
+    saved: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradient of the product by a kernel, those of what was multiplied by torch."""
+    assert t.weight is not None
+    dtype, D, rows = t.x.dtype, head_dim(spec, t), t.x.shape[0] * t.x.shape[2]
+    partials = None
+    if kernels.is_plain(spec, t):
+        (grad,) = (_rows(grad) for grad, n in zip(grads, spec[:3], strict=True) if n)
+    else:
+        grad = t.x.new_empty((rows, spec.num_heads * D))
+        if t.q_norm is not None or t.k_norm is not None:
+            partials = t.x.new_empty(kernels.partials_shape(spec, rows, D), dtype=torch.float32)
+        normed = None if partials is None else saved
+        triton.run([kernels.backward(spec, _ready(t), normed, grads, grad, partials)], grad.device)
+    grad_norms: list[Tensor | None] = [None, None]
+    for i, (norm, first, n) in enumerate(((t.q_norm, 0, spec.num_q), (t.k_norm, spec.num_q, spec.num_k))):
+        if norm is not None:
+            assert partials is not None
+            grad_norms[i] = partials[:, first : first + n].sum((0, 1)).to(norm.dtype)
+    grad_x = grad_weight = grad_bias = None
+    if needs[0]:
+        grad_x = _multiplied(grad, t.weight, t.x)
+    if needs[1]:
+        grad_weight = torch.mm(grad.T, _rows(t.x), out=torch.empty(t.weight.shape, dtype=dtype, device=grad.device))
+    if needs[2]:
+        grad_bias = grad.sum(0, dtype=torch.float32).to(dtype)
+    return grad_x, grad_weight, grad_bias, *grad_norms
+
+
+def _multiplied(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """``grad @ weight`` with the shape and the layout of x."""
+    B, H, L, D = x.shape
+    out = torch.empty_like(x)
+    if out.transpose(1, 2).is_contiguous():
+        torch.mm(grad, weight, out=out.transpose(1, 2).view(B * L, H * D))
+        return out
+    return out.copy_(torch.mm(grad, weight).view(B, L, H, D).transpose(1, 2))
+
+
+def rotary(spec: ProjectionSpec, t: ProjectionTensors, inverse: bool) -> Tensor:
+    out = torch.empty_like(t.x)
+    spec = spec._replace(num_q=t.x.shape[1])
+    triton.run([kernels.epilogue(spec, _ready(t), t.x, (out, out, out), None, inverse)], out.device)
+    return out
