@@ -1,8 +1,8 @@
 """Projections around attention: the product of tokens and weights with its epilogue, the epilogue alone, its gradient.
 
-The epilogue is bias, RMSNorm and rotary position embedding. A tile is [M, HEADS, D], tokens by heads, and is held as
-two halves ``b_a`` and ``b_b`` of [M, HEADS, D / 2]: of the pairs that rotary turns one element is in each, so that
-turning them moves nothing. The product gets them into one thread by reading the rows of the weight in that order.
+The epilogue is bias, residual, RMSNorm and rotary position embedding, on tiles of tokens by heads whose elements are
+held as the pairs that rotary turns (``projection_tile``). The product gets both of a pair into one thread by reading
+the rows of the weight in that order.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,20 @@ import triton
 import triton.language as tl
 
 from pyattn.kernels.launch import Launch, block_dim, strides
-from pyattn.kernels.tile import clamp
+from pyattn.kernels.projection_tile import (
+    Heads,
+    Tables,
+    Tokens,
+    finish,
+    head_rows,
+    load_pairs,
+    load_vector,
+    pair_columns,
+    reciprocal_rms,
+    store_pairs,
+    tokens_of,
+    turn,
+)
 
 # Arguments that follow the number of tokens, or may change from call to call: nothing is compiled again for them.
 NOT_SPECIALIZED = ["rows", "L", "tiles_m", "max_pos", "stride_pb", "eps", "columns"]
@@ -34,14 +47,19 @@ class ProjectionTiles(NamedTuple):
 
 
 # By family of GPUs, for 16-bit types, the largest tiles first: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages).
-_PRODUCT = {
+_PRODUCT: dict[str, tuple[tuple[int, ...], ...]] = {
     "sm_90": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
     "sm_100": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
     "sm": ((128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (64, 64, 64, 4, 3)),
     "gfx": ((128, 128, 32, 8, 2), (64, 128, 32, 4, 2), (64, 64, 32, 4, 2)),
 }
-_PRODUCT_FLOAT32 = ((64, 64, 32, 8, 2), (32, 64, 32, 4, 2))  # no tensor cores: a thread holds whole rows of operands
-_PRODUCT_INTERPRETER = ((64, 64, 32, 4, 1),)  # each operation costs the same, whatever its size
+_PRODUCT_FLOAT32: tuple[tuple[int, ...], ...] = (
+    (64, 64, 32, 8, 2),
+    (32, 64, 32, 4, 2),
+)  # no tensor cores: a thread holds whole rows of operands
+_PRODUCT_INTERPRETER: tuple[tuple[int, ...], ...] = (
+    (64, 64, 32, 4, 1),
+)  # each operation costs the same, whatever its size
 FEW_PROGRAMS = 128  # about one a multiprocessor: with fewer, smaller tiles are taken
 ROWS_ELEMENTS = 4096  # of a tile of the kernels that only read and write
 
@@ -82,169 +100,6 @@ def rows_tiles(head_dim):
     """Tiles for the kernels that have no product: one head each."""
     width = block_dim(head_dim)
     return ProjectionTiles(max(1, ROWS_ELEMENTS // width), width, 0, num_warps=4, num_stages=1)
-
-
-# ---- pieces -------------------------------------------------------------------------------------------------
-
-
-class Heads(NamedTuple):
-    """``[B, H, L, D]`` in memory, with a last stride of 1."""
-
-    p: tl.tensor  # or None
-    stride_b: tl.tensor
-    stride_h: tl.tensor
-    stride_l: tl.tensor
-
-
-class Tokens(NamedTuple):
-    """The tokens of a tile, [M] each."""
-
-    o_b: tl.tensor
-    o_l: tl.tensor
-    mask: tl.tensor
-
-
-class Tables(NamedTuple):
-    """Of rotary: cos and sin ``[max_pos, R / 2]``, or None, and positions ``[B or 1, L]``, or None."""
-
-    COS: tl.tensor
-    SIN: tl.tensor
-    POSITIONS: tl.tensor
-    stride_pb: tl.tensor
-    max_pos: tl.tensor
-
-
-@triton.jit
-def tokens_of(i_m, rows, L, BLOCK_M: tl.constexpr):
-    """``o_b, o_l, mask`` of the i-th tile of tokens; tiles go over the borders of samples."""
-    o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    return o_r // L, o_r % L, o_r < rows
-
-
-@triton.jit
-def pair_columns(o_j, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The columns of a head that the j-th pair is made of, and whether they are there.
-
-    The first R / 2 pairs are those of rotary: neighbours, or R / 2 apart. The rest is cut in two in the same manner.
-    """
-    if INTERLEAVED:
-        return 2 * o_j, 2 * o_j + 1, 2 * o_j < D, 2 * o_j + 1 < D
-    else:
-        REST: tl.constexpr = (D - R + 1) // 2
-        o_a = tl.where(o_j < R // 2, o_j, o_j + R // 2)
-        o_b = o_a + tl.where(o_j < R // 2, R // 2, REST)
-        return o_a, o_b, o_j < R // 2 + REST, o_b < D
-
-
-@triton.jit
-def head_rows(heads, tokens, o_h):
-    """Where the rows of a tile begin, [M, HEADS, 1] in int64; ``o_h`` is [HEADS]."""
-    o_token = tokens.o_b * heads.stride_b + tokens.o_l * heads.stride_l
-    return o_token[:, None, None] + (o_h * heads.stride_h)[None, :, None]
-
-
-@triton.jit
-def load_pairs(
-    p, o_rows, m_rows, limit, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """The rows at ``p + o_rows`` as pairs in float32, 0 outside of ``m_rows``, and from column ``limit`` on."""
-    if INTERLEAVED:  # one load of neighbours, not two of every other element
-        o_d = tl.arange(0, BLOCK_D)[None, None, :]
-        b_x = tl.load(p + o_rows + o_d, mask=m_rows & (o_d < limit), other=0.0).to(tl.float32)
-        return tl.split(tl.reshape(b_x, (b_x.shape[0], b_x.shape[1], BLOCK_D // 2, 2)))
-    else:
-        o_a, o_b, m_a, m_b = pair_columns(tl.arange(0, BLOCK_D // 2)[None, None, :], D, R, INTERLEAVED)
-        b_a = tl.load(p + o_rows + o_a, mask=m_rows & m_a, other=0.0)
-        b_b = tl.load(p + o_rows + o_b, mask=m_rows & m_b, other=0.0)
-        return b_a.to(tl.float32), b_b.to(tl.float32)
-
-
-@triton.jit
-def store_pairs(
-    p, o_rows, m_rows, b_a, b_b, limit, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The inverse of ``load_pairs``: rounds, and writes what is in ``m_rows`` and before ``limit``."""
-    b_a, b_b = b_a.to(p.dtype.element_ty), b_b.to(p.dtype.element_ty)
-    if INTERLEAVED:
-        o_d = tl.arange(0, BLOCK_D)[None, None, :]
-        b_x = tl.reshape(tl.join(b_a, b_b), (b_a.shape[0], b_a.shape[1], BLOCK_D))
-        tl.store(p + o_rows + o_d, b_x, mask=m_rows & (o_d < limit))
-    else:
-        o_a, o_b, m_a, m_b = pair_columns(tl.arange(0, BLOCK_D // 2)[None, None, :], D, R, INTERLEAVED)
-        tl.store(p + o_rows + o_a, b_a, mask=m_rows & m_a)
-        tl.store(p + o_rows + o_b, b_b, mask=m_rows & m_b)
-
-
-@triton.jit
-def load_vector(p, o_h, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A row of D elements for every head, as pairs of [1, HEADS, D / 2]."""
-    o_rows = (o_h * D)[None, :, None]
-    return load_pairs(p, o_rows, o_rows >= 0, D, D, R, INTERLEAVED, BLOCK_D)
-
-
-@triton.jit
-def reciprocal_rms(b_a, b_b, eps, D: tl.constexpr):
-    """[M, HEADS, 1]; padding is 0."""
-    return tl.rsqrt(tl.sum(b_a * b_a + b_b * b_b, 2) / D + eps)[:, :, None]
-
-
-@triton.jit
-def normalise(
-    b_a, b_b, NORM, o_h, eps, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """RMSNorm over D."""
-    b_rstd = reciprocal_rms(b_a, b_b, eps, D)
-    b_wa, b_wb = load_vector(NORM, o_h * 0, D, R, INTERLEAVED, BLOCK_D)
-    return b_a * b_rstd * b_wa, b_b * b_rstd * b_wb
-
-
-@triton.jit
-def turn(b_a, b_b, tables, tokens, R: tl.constexpr, INVERSE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rotary: turns each pair by the angle of its token's position. Pairs from R / 2 on stay as they are."""
-    o_pos = tokens.o_l
-    if tables.POSITIONS is not None:
-        o_pos = tl.load(tables.POSITIONS + tokens.o_b * tables.stride_pb + o_pos, mask=tokens.mask, other=0)
-    o_pos = clamp(o_pos.to(tl.int64), 0, tables.max_pos - 1)
-    o_j = tl.arange(0, BLOCK_D // 2)[None, None, :]
-    o_angle = o_pos[:, None, None] * (R // 2) + o_j
-    m_angle = tokens.mask[:, None, None] & (o_j < R // 2)
-    b_cos = tl.load(tables.COS + o_angle, mask=m_angle, other=1.0).to(tl.float32)  # [M, 1, D / 2]
-    b_sin = tl.load(tables.SIN + o_angle, mask=m_angle, other=0.0).to(tl.float32)
-    if INVERSE:
-        b_sin = -b_sin
-    return b_a * b_cos - b_b * b_sin, b_b * b_cos + b_a * b_sin
-
-
-@triton.jit
-def finish(
-    b_a, b_b, tokens, i_head, q, k, v, saved, q_norm, k_norm, tables, eps, limit,
-    NUM_Q: tl.constexpr, NUM_K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Norm and rotary of HEADS heads from ``i_head`` on, which are all of q, of k or of v, and where they go."""
-    o_h = i_head + tl.arange(0, HEADS)
-    m_rows = tokens.mask[:, None, None]
-    if saved.p is not None:
-        if i_head < NUM_Q + NUM_K:
-            store_pairs(saved.p, head_rows(saved, tokens, o_h), m_rows, b_a, b_b, limit, D, R, INTERLEAVED, BLOCK_D)
-    if q_norm is not None:
-        if i_head < NUM_Q:
-            b_a, b_b = normalise(b_a, b_b, q_norm, o_h, eps, D, R, INTERLEAVED, BLOCK_D)
-    if k_norm is not None:
-        if (i_head >= NUM_Q) & (i_head < NUM_Q + NUM_K):
-            b_a, b_b = normalise(b_a, b_b, k_norm, o_h, eps, D, R, INTERLEAVED, BLOCK_D)
-    if tables.COS is not None:
-        if i_head < NUM_Q + NUM_K:
-            b_a, b_b = turn(b_a, b_b, tables, tokens, R, INVERSE, BLOCK_D)
-    if i_head < NUM_Q:
-        store_pairs(q.p, head_rows(q, tokens, o_h), m_rows, b_a, b_b, limit, D, R, INTERLEAVED, BLOCK_D)
-    elif i_head < NUM_Q + NUM_K:
-        o_rows = head_rows(k, tokens, o_h - NUM_Q)
-        store_pairs(k.p, o_rows, m_rows, b_a, b_b, limit, D, R, INTERLEAVED, BLOCK_D)
-    else:
-        o_rows = head_rows(v, tokens, o_h - NUM_Q - NUM_K)
-        store_pairs(v.p, o_rows, m_rows, b_a, b_b, limit, D, R, INTERLEAVED, BLOCK_D)
 
 
 # ---- kernels ------------------------------------------------------------------------------------------------
@@ -530,7 +385,7 @@ def epilogue(spec, t, y, outputs, saved, inverse=False):
 def backward(spec, t, saved, grads, grad_rows, partials):
     """The launch that fills ``grad_rows``, ``[B * L, num_heads * D]``, from ``grads`` of q, k and v.
 
-    ``partials``, float32 of ``partials_shape``, gets the gradients of the norms' weights, tile by tile and head by head.
+    ``partials``, float32 of ``partials_shape``, gets the gradients of the norms' weights by tile and head.
     """
     D = grads[0].shape[-1]
     tiles = rows_tiles(D)

@@ -28,12 +28,12 @@ MAX_ROWS = 2**30  # tokens are counted in 32 bits
 FUSED_DEPTH = 2048  # columns of x up to which a pass over memory saved is worth more than a faster product
 
 _forced: list[Way] = []
-_tiles: list[Any] = []
+_tiles: list[Any] = []  # kernels.ProjectionTiles
 
 
 @contextlib.contextmanager
 def use(way: Way | None = None, tiles: Any = None) -> Iterator[None]:
-    """That way, where it can be gone, and these ``kernels.ProjectionTiles`` of the fused product: for tests and tuning."""
+    """That way, where it can be gone, and these tiles of the fused product, within a ``with`` block: for tests."""
     before = _forced[:], _tiles[:]
     _forced[:], _tiles[:] = [way] if way else _forced, [tiles] if tiles else _tiles
     try:
@@ -100,15 +100,21 @@ def _product_tiles(
 # ---- the backend ---------------------------------------------------------------------------------------------
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _ready(t: ProjectionTensors) -> ProjectionTensors:
     """As kernels read them: vectors and tables contiguous, rows of the residual dense."""
-    vectors = {name: _dense(getattr(t, name)) for name in ("bias", "q_norm", "k_norm", "cos", "sin", "positions")}
-    residual = t.residual if t.residual is None or t.residual.stride(-1) == 1 else t.residual.contiguous()
-    return t._replace(residual=residual, **vectors)
+
+    def contiguous(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    return t._replace(
+        bias=contiguous(t.bias),
+        residual=t.residual if t.residual is None or t.residual.stride(-1) == 1 else t.residual.contiguous(),
+        q_norm=contiguous(t.q_norm),
+        k_norm=contiguous(t.k_norm),
+        cos=contiguous(t.cos),
+        sin=contiguous(t.sin),
+        positions=contiguous(t.positions),
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
