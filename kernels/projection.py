@@ -57,9 +57,8 @@ _PRODUCT_FLOAT32: tuple[tuple[int, ...], ...] = (
     (64, 64, 32, 8, 2),
     (32, 64, 32, 4, 2),
 )  # no tensor cores: a thread holds whole rows of operands
-_PRODUCT_INTERPRETER: tuple[tuple[int, ...], ...] = (
-    (64, 64, 32, 4, 1),
-)  # each operation costs the same, whatever its size
+# In the interpreter each operation costs the same, whatever its size.
+_PRODUCT_INTERPRETER: tuple[tuple[int, ...], ...] = ((64, 64, 32, 4, 1),)
 FEW_PROGRAMS = 128  # about one a multiprocessor: with fewer, smaller tiles are taken
 ROWS_ELEMENTS = 4096  # of a tile of the kernels that only read and write
 

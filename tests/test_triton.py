@@ -6,13 +6,12 @@ tiles; ``make test-all`` runs the cases as they are.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+import functools
 
 import pytest
 import torch
 from gpu_kernels import DEVICE, GPU, ON_GPU, Kernels, triton_tiles
+from mutants import load_mutant
 
 import pyattn
 from pyattn import dispatch
@@ -112,27 +111,7 @@ MUTANTS = {
 
 @pytest.fixture
 def mutate(monkeypatch, tmp_path):
-    """Loads the kernels with a text replaced in one file, and gives them to the backend."""
-    folder = Path(importlib.util.find_spec("pyattn.kernels").origin).parent
-
-    def load(file, old, new):
-        names = ["launch", "tile", "attention_fwd", "attention_decode", "attention_bwd"]
-        for name in names:
-            text = (folder / f"{name}.py").read_text()
-            if file == f"{name}.py":
-                assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
-                text = text.replace(old, new)
-            path = tmp_path / f"{name}.py"
-            path.write_text(text)
-            spec = importlib.util.spec_from_file_location(f"pyattn.kernels.{name}", path)
-            module = importlib.util.module_from_spec(spec)
-            monkeypatch.setitem(sys.modules, spec.name, module)
-            monkeypatch.setattr(pyattn.kernels, name, module)
-            spec.loader.exec_module(module)
-            if name.startswith("attention"):
-                monkeypatch.setattr(backend, name, module)
-
-    return load
+    return functools.partial(load_mutant, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(case for *_, case in MUTANTS.values()))

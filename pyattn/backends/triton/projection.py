@@ -146,14 +146,14 @@ def _split(
     """The other way: torch multiplies and adds, then q, k and v are made of it."""
     assert t.weight is not None
     B, _, L, _ = t.x.shape
-    y = F.linear(_rows(t.x), t.weight, t.bias).view(B, L, spec.num_heads, -1).transpose(1, 2)
+    D = head_dim(spec, t)
+    y = F.linear(_rows(t.x), t.weight, t.bias).view(B, L, spec.num_heads, D).transpose(1, 2)
     if t.residual is not None:
         y.add_(t.residual)
     if plain:
-        whole = y.view(B, 1, L, -1)
-        none = whole.new_empty((B, 0, L, y.shape[-1]))
-        saved = whole[:, : spec.num_q + spec.num_k].clone() if save else whole.new_empty(0)
-        q, k, v = (whole if n else none for n in spec[:3])
+        y = y.view(B, 1, L, D)  # the same, as an output is laid out
+        saved = y[:, : spec.num_q + spec.num_k].clone() if save else y.new_empty(0)
+        q, k, v = (y if n else y.new_empty((B, 0, L, D)) for n in spec[:3])
         return q, k, v, saved
     outputs, saved = empty_heads(spec, t), _empty_saved(spec, t, save)
     triton.run([kernels.epilogue(spec, _ready(t), y, outputs, saved if save else None)], y.device)
@@ -206,6 +206,6 @@ def _multiplied(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
 
 def rotary(spec: ProjectionSpec, t: ProjectionTensors, inverse: bool) -> Tensor:
     out = torch.empty_like(t.x)
-    spec = spec._replace(num_q=t.x.shape[1])
+    spec = ProjectionSpec(t.x.shape[1], interleaved=spec.interleaved)
     triton.run([kernels.epilogue(spec, _ready(t), t.x, (out, out, out), None, inverse)], out.device)
     return out
