@@ -27,7 +27,9 @@ from pyattn.kernels.projection_tile import (
 )
 
 # Arguments that follow the number of tokens, or may change from call to call: nothing is compiled again for them.
-NOT_SPECIALIZED = ["rows", "L", "tiles_m", "max_pos", "stride_pb", "eps", "columns"]
+NOT_SPECIALIZED = [
+    "rows", "L", "tiles_m", "max_pos", "stride_pb", "eps", "columns", "num_q", "num_k", "num_heads",
+]  # fmt: skip
 GROUP_M = 8  # tiles of rows that share the weights in the cache: programs go down so many before they go right
 
 
@@ -113,15 +115,14 @@ def _projection_fwd_kernel(
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kl: tl.int64,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vl: tl.int64,
     stride_sb: tl.int64, stride_sh: tl.int64, stride_sl: tl.int64, stride_pb,
-    rows, L, tiles_m, columns, depth, max_pos, eps,
-    NUM_Q: tl.constexpr, NUM_K: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, D_IN: tl.constexpr,
-    R: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, RAGGED: tl.constexpr,
+    rows, L, tiles_m, columns, depth, max_pos, num_q, num_k, num_heads, eps,
+    D: tl.constexpr, D_IN: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``x @ weight.T + bias + residual``, norm and rotary, for a tile of tokens and HEADS heads."""
     # The program: in a group of tiles of rows those go first that read the same weights.
-    tiles_n: tl.constexpr = NUM_HEADS // HEADS
+    tiles_n = num_heads // HEADS
     i_group = tl.program_id(0) // (GROUP_M * tiles_n)
     size = tl.minimum(tiles_m - i_group * GROUP_M, GROUP_M)
     i_rest = tl.program_id(0) % (GROUP_M * tiles_n)
@@ -171,7 +172,7 @@ def _projection_fwd_kernel(
         Heads(Q, stride_qb, stride_qh, stride_ql), Heads(K, stride_kb, stride_kh, stride_kl),
         Heads(V, stride_vb, stride_vh, stride_vl), Heads(SAVED, stride_sb, stride_sh, stride_sl),
         Q_NORM, K_NORM, Tables(COS, SIN, POSITIONS, stride_pb, max_pos), eps, limit,
-        NUM_Q, NUM_K, D, R, INTERLEAVED, False, HEADS, BLOCK_D,
+        num_q, num_k, D, R, INTERLEAVED, False, HEADS, BLOCK_D,
     )  # fmt: skip
 
 
@@ -183,12 +184,12 @@ def _projection_epilogue_kernel(
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kl: tl.int64,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vl: tl.int64,
     stride_sb: tl.int64, stride_sh: tl.int64, stride_sl: tl.int64, stride_pb,
-    rows, L, max_pos, eps,
-    NUM_Q: tl.constexpr, NUM_K: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    rows, L, max_pos, num_q, num_k, num_heads, eps,
+    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotary of what another kernel multiplied, or of heads that are there already: one head a program."""
-    i_head, i_m = tl.program_id(0) % NUM_HEADS, tl.program_id(0) // NUM_HEADS
+    i_head, i_m = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     o_b, o_l, m_m = tokens_of(i_m, rows, L, BLOCK_M)
     tokens = Tokens(o_b, o_l, m_m)
     o_rows = head_rows(Heads(Y, stride_yb, stride_yh, stride_yl), tokens, i_head + tl.arange(0, 1))
@@ -198,7 +199,7 @@ def _projection_epilogue_kernel(
         Heads(Q, stride_qb, stride_qh, stride_ql), Heads(K, stride_kb, stride_kh, stride_kl),
         Heads(V, stride_vb, stride_vh, stride_vl), Heads(SAVED, stride_sb, stride_sh, stride_sl),
         Q_NORM, K_NORM, Tables(COS, SIN, POSITIONS, stride_pb, max_pos), eps, D,
-        NUM_Q, NUM_K, D, R, INTERLEAVED, INVERSE, 1, BLOCK_D,
+        num_q, num_k, D, R, INTERLEAVED, INVERSE, 1, BLOCK_D,
     )  # fmt: skip
 
 
@@ -227,41 +228,40 @@ def _projection_bwd_kernel(
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kl: tl.int64,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vl: tl.int64,
     stride_sb: tl.int64, stride_sh: tl.int64, stride_sl: tl.int64, stride_pb,
-    rows, L, max_pos, eps,
-    NUM_Q: tl.constexpr, NUM_K: tl.constexpr, NUM_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    rows, L, max_pos, num_q, num_k, num_heads, eps,
+    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the product, ``DY [B * L, NUM_HEADS * D]``, from those of q, k and v: one head a program."""
-    i_head, i_m = tl.program_id(0) % NUM_HEADS, tl.program_id(0) // NUM_HEADS
+    """The gradient of the product, ``DY [B * L, num_heads * D]``, from those of q, k and v: one head a program."""
+    i_head, i_m = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     o_b, o_l, m_m = tokens_of(i_m, rows, L, BLOCK_M)
     tokens = Tokens(o_b, o_l, m_m)
     m_rows = m_m[:, None, None]
     o_h = i_head + tl.arange(0, 1)
-    if i_head < NUM_Q:
+    if i_head < num_q:
         o_rows = head_rows(Heads(DQ, stride_qb, stride_qh, stride_ql), tokens, o_h)
         b_a, b_b = load_pairs(DQ, o_rows, m_rows, D, D, R, INTERLEAVED, BLOCK_D)
-    elif i_head < NUM_Q + NUM_K:
-        o_rows = head_rows(Heads(DK, stride_kb, stride_kh, stride_kl), tokens, o_h - NUM_Q)
+    elif i_head < num_q + num_k:
+        o_rows = head_rows(Heads(DK, stride_kb, stride_kh, stride_kl), tokens, o_h - num_q)
         b_a, b_b = load_pairs(DK, o_rows, m_rows, D, D, R, INTERLEAVED, BLOCK_D)
     else:
-        o_rows = head_rows(Heads(DV, stride_vb, stride_vh, stride_vl), tokens, o_h - NUM_Q - NUM_K)
+        o_rows = head_rows(Heads(DV, stride_vb, stride_vh, stride_vl), tokens, o_h - num_q - num_k)
         b_a, b_b = load_pairs(DV, o_rows, m_rows, D, D, R, INTERLEAVED, BLOCK_D)
     if COS is not None:
-        if i_head < NUM_Q + NUM_K:
+        if i_head < num_q + num_k:
             b_a, b_b = turn(b_a, b_b, Tables(COS, SIN, POSITIONS, stride_pb, max_pos), tokens, R, True, BLOCK_D)
     o_saved = head_rows(Heads(SAVED, stride_sb, stride_sh, stride_sl), tokens, o_h)
-    i_partial = i_m.to(tl.int64) * (NUM_Q + NUM_K) + i_head
+    i_partial = i_m.to(tl.int64) * (num_q + num_k) + i_head
     if Q_NORM is not None:
-        if i_head < NUM_Q:
+        if i_head < num_q:
             b_a, b_b = _norm_backward(
                 b_a, b_b, SAVED, Q_NORM, PARTIALS, o_saved, m_m, i_partial, eps, D, R, INTERLEAVED, BLOCK_D
             )
     if K_NORM is not None:
-        if (i_head >= NUM_Q) & (i_head < NUM_Q + NUM_K):
+        if (i_head >= num_q) & (i_head < num_q + num_k):
             b_a, b_b = _norm_backward(
                 b_a, b_b, SAVED, K_NORM, PARTIALS, o_saved, m_m, i_partial, eps, D, R, INTERLEAVED, BLOCK_D
             )
-    o_row = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64) * (NUM_HEADS * D)
+    o_row = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64) * (num_heads * D)
     store_pairs(DY, (o_row + i_head * D)[:, None, None], m_rows, b_a, b_b, D, D, R, INTERLEAVED, BLOCK_D)
 
 
@@ -290,9 +290,9 @@ def _arguments(spec, t, D):
         "rows": B * L,
         "L": L,
         "eps": spec.eps,
-        "NUM_Q": spec.num_q,
-        "NUM_K": spec.num_k,
-        "NUM_HEADS": spec.num_heads,
+        "num_q": spec.num_q,
+        "num_k": spec.num_k,
+        "num_heads": spec.num_heads,
         "D": D,
         "R": 2 * t.cos.shape[1] if turned else 0,
         "INTERLEAVED": spec.interleaved or not turned,

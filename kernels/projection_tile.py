@@ -158,29 +158,29 @@ def turn(b_a, b_b, tables, tokens, R: tl.constexpr, INVERSE: tl.constexpr, BLOCK
 @triton.jit
 def finish(
     b_a, b_b, tokens, i_head, q, k, v, saved, q_norm, k_norm, tables, eps, limit,
-    NUM_Q: tl.constexpr, NUM_K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
+    num_q, num_k, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotary of HEADS heads from ``i_head`` on, which are all of q, of k or of v, and where they go."""
     o_h = i_head + tl.arange(0, HEADS)
     m_rows = tokens.mask[:, None, None]
     if saved.p is not None:
-        if i_head < NUM_Q + NUM_K:
+        if i_head < num_q + num_k:
             store_pairs(saved.p, head_rows(saved, tokens, o_h), m_rows, b_a, b_b, limit, D, R, INTERLEAVED, BLOCK_D)
     if q_norm is not None:
-        if i_head < NUM_Q:
+        if i_head < num_q:
             b_a, b_b = normalise(b_a, b_b, q_norm, o_h, eps, D, R, INTERLEAVED, BLOCK_D)
     if k_norm is not None:
-        if (i_head >= NUM_Q) & (i_head < NUM_Q + NUM_K):
+        if (i_head >= num_q) & (i_head < num_q + num_k):
             b_a, b_b = normalise(b_a, b_b, k_norm, o_h, eps, D, R, INTERLEAVED, BLOCK_D)
     if tables.COS is not None:
-        if i_head < NUM_Q + NUM_K:
+        if i_head < num_q + num_k:
             b_a, b_b = turn(b_a, b_b, tables, tokens, R, INVERSE, BLOCK_D)
-    if i_head < NUM_Q:
+    if i_head < num_q:
         store_pairs(q.p, head_rows(q, tokens, o_h), m_rows, b_a, b_b, limit, D, R, INTERLEAVED, BLOCK_D)
-    elif i_head < NUM_Q + NUM_K:
-        o_rows = head_rows(k, tokens, o_h - NUM_Q)
+    elif i_head < num_q + num_k:
+        o_rows = head_rows(k, tokens, o_h - num_q)
         store_pairs(k.p, o_rows, m_rows, b_a, b_b, limit, D, R, INTERLEAVED, BLOCK_D)
     else:
-        o_rows = head_rows(v, tokens, o_h - NUM_Q - NUM_K)
+        o_rows = head_rows(v, tokens, o_h - num_q - num_k)
         store_pairs(v.p, o_rows, m_rows, b_a, b_b, limit, D, R, INTERLEAVED, BLOCK_D)

@@ -367,13 +367,13 @@ def test_tiles_get_smaller_until_there_are_enough_of_them():
 # ---- mutants -----------------------------------------------------------------------------------------------
 
 _TURN = """    if tables.COS is not None:
-        if i_head < NUM_Q + NUM_K:
+        if i_head < num_q + num_k:
             b_a, b_b = turn(b_a, b_b, tables, tokens, R, INVERSE, BLOCK_D)
 """
 # What is changed, and the case that sees it: file, old text, new text, case. With "NaN around" x has NaN around it.
 MUTANTS = {
     "rotary's sign": ("projection_tile.py", "b_b * b_cos + b_a * b_sin", "b_b * b_cos - b_a * b_sin", "rotary"),
-    "rotary of v": ("projection_tile.py", _TURN, _TURN.replace("NUM_K:", "NUM_K + 1:"), "rotary"),
+    "rotary of v": ("projection_tile.py", _TURN, _TURN.replace("num_k:", "num_k + 1:"), "rotary"),
     "rotary not turned back": ("projection_tile.py", "b_sin = -b_sin", "b_sin = b_sin", "rotary, interleaved"),
     "positions of the first sample": (
         "projection_tile.py",
@@ -385,8 +385,8 @@ MUTANTS = {
     "angle of another row": ("projection_tile.py", "tables.max_pos - 1", "tables.max_pos - 9", "rotary, part"),
     "norm's head boundary": (
         "projection_tile.py",
-        "if i_head < NUM_Q:\n            b_a, b_b = normalise(b_a, b_b, q_norm",
-        "if i_head <= NUM_Q:\n            b_a, b_b = normalise(b_a, b_b, q_norm",
+        "if i_head < num_q:\n            b_a, b_b = normalise(b_a, b_b, q_norm",
+        "if i_head <= num_q:\n            b_a, b_b = normalise(b_a, b_b, q_norm",
         "many rows",
     ),
     "norm after rotary": (
@@ -405,8 +405,8 @@ MUTANTS = {
     ),
     "k not saved": (
         "projection_tile.py",
-        "if i_head < NUM_Q + NUM_K:\n            store_pairs(saved.p",
-        "if i_head < NUM_Q:\n            store_pairs(saved.p",
+        "if i_head < num_q + num_k:\n            store_pairs(saved.p",
+        "if i_head < num_q:\n            store_pairs(saved.p",
         "mqa, norms",
     ),
     "samples of another length": ("projection_tile.py", "return o_r // L", "return o_r // (L + 1)", "plain"),
@@ -416,9 +416,9 @@ MUTANTS = {
     "depth not masked": ("projection.py", "m_m[:, None] & (o_k < depth)", "m_m[:, None]", "NaN around"),
     "tiles beyond the group": ("projection.py", "- i_group * GROUP_M, GROUP_M)", ", GROUP_M) * 0 + GROUP_M", "plain"),
     "no mean in the norm's gradient": ("projection.py", "b_a - b_ya * b_mean", "b_a", "mqa, norms"),
-    "one tile's sums": ("projection.py", "i_m.to(tl.int64) * (NUM_Q", "0 * i_m.to(tl.int64) * (NUM_Q", "many rows"),
+    "one tile's sums": ("projection.py", "i_m.to(tl.int64) * (num_q", "0 * i_m.to(tl.int64) * (num_q", "many rows"),
     "half without weight": ("projection.py", "= b_a * b_wa, b_b * b_wb", "= b_a * b_wa, b_b", "mqa, norms"),
-    "gradient of k not normed": ("projection.py", "if (i_head >= NUM_Q) & (", "if (i_head > NUM_Q) & (", "norm of k"),
+    "gradient of k not normed": ("projection.py", "if (i_head >= num_q) & (", "if (i_head > num_q) & (", "norm of k"),
 }  # fmt: skip
 
 
