@@ -28,8 +28,17 @@ from triton.backends.compiler import GPUTarget
 
 from pyattn import functional
 from pyattn.backends import triton as backend
+from pyattn.kernels import projection
 from pyattn.kernels.launch import Launch
-from pyattn.spec import AttentionSpec, AttentionTensors, empty_output, lse_shape
+from pyattn.spec import (
+    AttentionSpec,
+    AttentionTensors,
+    ProjectionSpec,
+    ProjectionTensors,
+    empty_heads,
+    empty_output,
+    lse_shape,
+)
 from pyattn.testing import CASES, Case, make_inputs
 
 RESULTS = Path(__file__).parent / "results" / "compiled" / "triton.json"
@@ -42,9 +51,12 @@ TARGETS = {
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 KERNELS = ("forward", "preprocess", "dkdv", "dq", "dmask", "decode", "combine")
+PROJECTION_KERNELS = ("product", "epilogue", "gradient")
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (64, 128, 256)
 MASKS = ("full", "causal", "masked")
+# Of a product without an epilogue "full", and of the output of attention "heads"; the others have norms besides rotary.
+EPILOGUES = ("full", "heads", "rotary", "part", "interleaved")
 
 
 class Entry(NamedTuple):
@@ -52,21 +64,23 @@ class Entry(NamedTuple):
     arch: str
     dtype: str = "bfloat16"
     head_dim: int = 128
-    mask: str = "full"
+    mask: str = "full"  # of a projection the epilogue
 
     def __str__(self) -> str:
         return " ".join(map(str, self))
 
 
 def grid() -> list[Entry]:
-    entries = itertools.product(KERNELS, TARGETS, DTYPES, HEAD_DIMS, MASKS)
-    return [entry for entry in itertools.starmap(Entry, entries) if is_distinct(entry)]
+    attention = itertools.product(KERNELS, TARGETS, DTYPES, HEAD_DIMS, MASKS)
+    projections = itertools.product(PROJECTION_KERNELS, TARGETS, DTYPES, HEAD_DIMS, EPILOGUES)
+    return [entry for entry in itertools.starmap(Entry, itertools.chain(attention, projections)) if is_distinct(entry)]
 
 
 def quick() -> list[Entry]:
     """One of each kernel and architecture."""
-    return [Entry(kernel, arch, mask="masked" if kernel == "dmask" else "causal" if has_mask(kernel) else "full")
-            for kernel, arch in itertools.product(KERNELS, TARGETS)]  # fmt: skip
+    masks = {"dmask": "masked", "preprocess": "full", "combine": "full"} | dict.fromkeys(PROJECTION_KERNELS, "rotary")
+    kernels = itertools.product(KERNELS + PROJECTION_KERNELS, TARGETS)
+    return [Entry(kernel, arch, mask=masks.get(kernel, "causal")) for kernel, arch in kernels]
 
 
 def has_mask(kernel: str) -> bool:
@@ -76,8 +90,12 @@ def has_mask(kernel: str) -> bool:
 def is_distinct(entry: Entry) -> bool:
     """Not every kernel knows of the mask, and only a masked call has the kernel of the mask's gradient.
 
-    float32 has no matrix instructions: one entry says whether it fits.
+    float32 has no matrix instructions: one entry says whether it fits. Nor do projections in float16 differ much.
     """
+    if entry.kernel in PROJECTION_KERNELS:
+        if entry.dtype != "bfloat16":
+            return entry.mask == "rotary"
+        return entry.kernel == "product" or entry.mask not in ("full", "heads")
     if entry.dtype == "float32" and entry.mask == "causal":
         return False
     return entry.mask == "masked" if entry.kernel == "dmask" else has_mask(entry.kernel) or entry.mask == "full"
@@ -101,6 +119,8 @@ class NoGpu:
 
 def launches(entry: Entry, length: int = 4096, layout: str = "BHLD") -> dict[str, Launch]:
     """By the kernel's name, what the backend launches for a call of this kind, on tensors without data."""
+    if entry.kernel in PROJECTION_KERNELS:
+        return projection_launches(entry, length)
     B, Hq, Hkv, Lq = 2, 8, 4, 1 if entry.kernel in ("decode", "combine") else length
     dtype = getattr(torch, entry.dtype)
 
@@ -138,6 +158,35 @@ def call_launches(spec: AttentionSpec, t: AttentionTensors, arch: str) -> dict[s
         grad_mask = t.attn_mask if t.attn_mask is not None and t.attn_mask.is_floating_point() else None
         backward = backend.backward_launches(spec, t, out, lse, lse, out, lse, grads, grad_mask, arch)
         named |= dict(zip(("preprocess", "dkdv", "dq", "dmask"), backward, strict=False))
+    return named
+
+
+def projection_launches(entry: Entry, length: int) -> dict[str, Launch]:
+    """The same for projections of 16 heads from 2048 columns, or back to them."""
+    B, H, D, E, dtype = 2, 16, entry.head_dim, 2048, getattr(torch, entry.dtype)
+    rows, columns = B * length, 3 * H * D
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    plain = entry.mask == "heads"
+    if plain:
+        spec, residual = ProjectionSpec(1), tensor(B, 1, length, E)
+        t = ProjectionTensors(tensor(B, H, length, D), tensor(E, H * D), tensor(E), residual)
+    else:
+        spec = ProjectionSpec(H, H, H, interleaved=entry.mask == "interleaved")
+        t = ProjectionTensors(tensor(B, 1, length, E), tensor(columns, E), tensor(columns))
+    if not plain and entry.mask != "full":
+        table, norm = tensor(length, D // (4 if entry.mask == "part" else 2), dtype=torch.float32), tensor(D)
+        t = t._replace(cos=table, sin=table, q_norm=norm, k_norm=norm)
+    outputs = empty_heads(spec, t)
+    tiles = projection.product_tiles(entry.arch, dtype, rows, len(t.weight), spec, plain)
+    named = {"product": projection.forward(spec, t, outputs, None, tiles, "ieee")}
+    if not plain:
+        saved, y = tensor(B, 2 * H, length, D), tensor(B, length, 3 * H, D).transpose(1, 2)
+        partials = tensor(*projection.partials_shape(spec, rows, D), dtype=torch.float32)
+        named["epilogue"] = projection.epilogue(spec, t, y, outputs, saved)
+        named["gradient"] = projection.backward(spec, t, saved, outputs, tensor(rows, columns), partials)
     return named
 
 

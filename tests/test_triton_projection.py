@@ -5,12 +5,16 @@ Everything is held to the reference in both ways of a forward: fused, and with t
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import projection_cases
 import pytest
 import torch
 from gpu_kernels import DEVICE, GPU, ON_GPU
 from mutants import load_mutant
 from projection_cases import CASES, ProjectionCase, make, prepare, results
+from recorded import BENCHMARKS
 
 import pyattn
 from pyattn import dispatch, projection_ops, reference_projection
@@ -362,6 +366,12 @@ def test_tiles_get_smaller_until_there_are_enough_of_them():
     uneven = product_tiles("sm_90", torch.bfloat16, 16384, 18 * 64, ProjectionSpec(14, 2, 2), False)
     assert uneven.BLOCK_N == 128  # two heads: with four k and v would share a tile
     assert product_tiles("sm_90", torch.bfloat16, 4096, 512, ProjectionSpec(2), False)[:2] == (64, 256)
+
+
+@pytest.mark.skipif(ON_GPU, reason="with a GPU it measures")
+def test_the_benchmark_says_that_it_needs_a_gpu():
+    found = subprocess.run([sys.executable, BENCHMARKS / "gpu_projection.py"], capture_output=True, text=True)
+    assert found.returncode == 1 and "torch finds no GPU" in found.stderr
 
 
 # ---- mutants -----------------------------------------------------------------------------------------------
