@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from pyattn.kernels.launch import Launch, block_dim, strides
+from pyattn.kernels.launch import Launch, block_dim, cdiv, strides
 from pyattn.kernels.projection_tile import (
     Heads,
     Tables,
@@ -79,7 +79,7 @@ def product_tiles(arch, dtype, rows, columns, spec, plain):
         if not plain:
             D = columns // spec.num_heads
             tiles, padded = whole_heads(tiles, spec, D), spec.num_heads * block_dim(D)
-        if triton.cdiv(rows, tiles.BLOCK_M) * triton.cdiv(padded, tiles.BLOCK_N) >= FEW_PROGRAMS:
+        if cdiv(rows, tiles.BLOCK_M) * cdiv(padded, tiles.BLOCK_N) >= FEW_PROGRAMS:
             break
     return tiles
 
@@ -328,11 +328,11 @@ def forward(spec, t, outputs, saved, tiles, precision):
     if is_plain(spec, t):  # one head with no epilogue is cut where the tiles end
         head_dim = tiles.BLOCK_N
         cut = {f"stride_{letter}h": head_dim for letter in "qkvsr"}
-        chunks = triton.cdiv(columns, head_dim)
+        chunks = cdiv(columns, head_dim)
         spec = spec._replace(**{name: chunks for name in ("num_q", "num_k", "num_v") if getattr(spec, name)})
     tiles = whole_heads(tiles, spec, head_dim)
     heads = tiles.BLOCK_N // block_dim(head_dim)
-    tiles_m = triton.cdiv(B * L, tiles.BLOCK_M)
+    tiles_m = cdiv(B * L, tiles.BLOCK_M)
     arguments = {
         **_arguments(spec, t, head_dim),
         **_heads("x", t.x),
@@ -377,7 +377,7 @@ def epilogue(spec, t, y, outputs, saved, inverse=False):
         "Y": y,
         "INVERSE": inverse,
     }
-    programs = triton.cdiv(arguments["rows"], tiles.BLOCK_M) * spec.num_heads
+    programs = cdiv(arguments["rows"], tiles.BLOCK_M) * spec.num_heads
     return Launch(_projection_epilogue_kernel, programs, arguments, tiles)
 
 
@@ -396,9 +396,9 @@ def backward(spec, t, saved, grads, grad_rows, partials):
         "DY": grad_rows,
         "PARTIALS": partials,
     }
-    programs = triton.cdiv(arguments["rows"], tiles.BLOCK_M) * spec.num_heads
+    programs = cdiv(arguments["rows"], tiles.BLOCK_M) * spec.num_heads
     return Launch(_projection_bwd_kernel, programs, arguments, tiles)
 
 
 def partials_shape(spec, rows, D):
-    return triton.cdiv(rows, rows_tiles(D).BLOCK_M), spec.num_q + spec.num_k, D
+    return cdiv(rows, rows_tiles(D).BLOCK_M), spec.num_q + spec.num_k, D

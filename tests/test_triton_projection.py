@@ -335,7 +335,7 @@ def test_the_way_is_explained():
 @pytest.mark.parametrize("way", WAYS)
 def test_the_way_that_is_explained_is_gone(way, monkeypatch):
     launched = []
-    monkeypatch.setattr(backend.triton, "run", lambda launches, device: launched.extend(launches))
+    monkeypatch.setattr(backend.triton, "start", lambda kind, launches, *_: launched.extend(launches()))
     case = BY_NAME["gqa"]
     with backend.use(way):
         projection_ops.projection(*prepare(case, make(case, torch.bfloat16, device=DEVICE)), "triton")

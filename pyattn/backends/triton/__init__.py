@@ -138,13 +138,6 @@ def describe(problem: Problem) -> str:
     return f"parts of {tiles.SPLIT} keys, {tiles}"
 
 
-def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """On the current stream of the tensors' device."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for launch in launches:
-            launch.run()
-
-
 # By kind of call. Kinds are as many as there are lengths, so an old one has to go some time.
 _plans: dict[Any, Plan] = {}
 _MAX_PLANS = 4096

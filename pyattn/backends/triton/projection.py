@@ -8,7 +8,8 @@ is taken; the products of the backward are torch's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -117,6 +118,23 @@ def _ready(t: ProjectionTensors) -> ProjectionTensors:
     )
 
 
+def _start(kind: tuple[Any, ...], t: ProjectionTensors, launch: Callable[[], Any], **others: Tensor | None) -> None:
+    """``triton.start`` of one launch, whose arguments are ``t`` and ``others``."""
+    tensors = {
+        "X": t.x,
+        "W": t.weight,
+        "BIAS": t.bias,
+        "RESIDUAL": t.residual,
+        "Q_NORM": t.q_norm,
+        "K_NORM": t.k_norm,
+        "COS": t.cos,
+        "SIN": t.sin,
+        "POSITIONS": t.positions,
+    }
+    precision = triton.precision(t.x.dtype)
+    triton.start((*kind, precision, *_forced, *_tiles), lambda: [launch()], tensors | others, t.x.device)
+
+
 def _rows(x: Tensor) -> Tensor:
     """``[B, H, L, D]`` as ``[B * L, H * D]``: a copy only where the heads do not lie side by side."""
     return x.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -127,11 +145,16 @@ def projection(spec: ProjectionSpec, t: ProjectionTensors, save: bool) -> tuple[
     plain, D, (columns, depth) = kernels.is_plain(spec, t), head_dim(spec, t), t.weight.shape
     if way(t.x.dtype, depth, D, plain) == "split":
         return _split(spec, t, save, plain)
-    t = _ready(t)
+    problem, t = ProjectionProblem.of("forward", spec, t), _ready(t)
     outputs, saved = empty_heads(spec, t), _empty_saved(spec, t, save)
-    tiles = _product_tiles(t.x.device, t.x.dtype, t.x.shape[0] * t.x.shape[2], columns, spec, plain)
-    launch = kernels.forward(spec, t, outputs, saved if save else None, tiles, triton.precision(t.x.dtype))
-    triton.run([launch], t.x.device)
+    kept = saved if save else None
+
+    def launch() -> Any:
+        tiles = _product_tiles(t.x.device, t.x.dtype, t.x.shape[0] * t.x.shape[2], columns, spec, plain)
+        return kernels.forward(spec, t, outputs, kept, tiles, triton.precision(t.x.dtype))
+
+    q, k, v = outputs
+    _start((problem, save), t, launch, Q=q, K=k, V=v, SAVED=kept)
     return *outputs, saved
 
 
@@ -155,8 +178,12 @@ def _split(
         saved = y[:, : spec.num_q + spec.num_k].clone() if save else y.new_empty(0)
         q, k, v = (y if n else y.new_empty((B, 0, L, D)) for n in spec[:3])
         return q, k, v, saved
-    outputs, saved = empty_heads(spec, t), _empty_saved(spec, t, save)
-    triton.run([kernels.epilogue(spec, _ready(t), y, outputs, saved if save else None)], y.device)
+    problem, t = ProjectionProblem.of("forward", spec, t), _ready(t)
+    q, k, v = outputs = empty_heads(spec, t)
+    saved = _empty_saved(spec, t, save)
+    kept = saved if save else None
+    launch = functools.partial(kernels.epilogue, spec, t, y, outputs, kept)
+    _start((problem, save, "split"), t, launch, Y=y, Q=q, K=k, V=v, SAVED=kept)
     return *outputs, saved
 
 
@@ -178,7 +205,11 @@ def projection_backward(
         if t.q_norm is not None or t.k_norm is not None:
             partials = t.x.new_empty(kernels.partials_shape(spec, rows, D), dtype=torch.float32)
         normed = None if partials is None else saved
-        triton.run([kernels.backward(spec, _ready(t), normed, grads, grad, partials)], grad.device)
+        kind = ProjectionProblem.of("backward", spec, t), *(x.stride() for x in grads)
+        ready = _ready(t)
+        launch = functools.partial(kernels.backward, spec, ready, normed, grads, grad, partials)
+        named = dict(zip(("DQ", "DK", "DV"), grads, strict=True)) | {"SAVED": normed, "DY": grad, "PARTIALS": partials}
+        _start(kind, ready, launch, **named)
     grad_norms: list[Tensor | None] = [None, None]
     for i, (norm, first, n) in enumerate(((t.q_norm, 0, spec.num_q), (t.k_norm, spec.num_q, spec.num_k))):
         if norm is not None:
@@ -207,5 +238,7 @@ def _multiplied(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
 def rotary(spec: ProjectionSpec, t: ProjectionTensors, inverse: bool) -> Tensor:
     out = torch.empty_like(t.x)
     spec = ProjectionSpec(t.x.shape[1], interleaved=spec.interleaved)
-    triton.run([kernels.epilogue(spec, _ready(t), t.x, (out, out, out), None, inverse)], out.device)
+    problem, t = ProjectionProblem.of("rotary", spec, t), _ready(t)
+    launch = functools.partial(kernels.epilogue, spec, t, t.x, (out, out, out), None, inverse)
+    _start((problem, inverse), t, launch, Y=t.x, Q=out, K=out, V=out)
     return out
