@@ -65,15 +65,21 @@ def register(name: str, op: Any, *, compute: Any, fake: Any, differentiable: Any
 
 
 def unobserved(tensors: Iterable[Any]) -> bool:
-    """Whether attention on them may be computed at once: nobody would see the op pass torch's dispatcher.
+    """Whether an op on them may be computed at once: nobody would see it pass torch's dispatcher.
 
-    That takes 5 microseconds. It is in eager mode, on dense CPU tensors: no subclass, mode, tracer, profiler or
-    functorch level, no autocast, no lazy negation.
+    That takes 5 microseconds and more. It is in eager mode, on dense tensors of a CPU or GPU: no subclass, mode,
+    tracer, profiler or functorch level, no autocast, no lazy negation.
     """
     if torch.compiler.is_compiling():
         return False
     for x in tensors:
-        if type(x) not in _TENSOR_TYPES or not x.is_cpu or x.is_neg() or x.is_nested or x.layout is not torch.strided:
+        if (
+            type(x) not in _TENSOR_TYPES
+            or not (x.is_cpu or x.is_cuda)
+            or x.is_neg()
+            or x.is_nested
+            or x.layout is not torch.strided
+        ):
             return False
     return (
         torch._C._len_torch_dispatch_stack() == 0

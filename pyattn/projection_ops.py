@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyattn import dispatch, log
 from pyattn.checks import check_positions
-from pyattn.library import below_autograd, differentiable, library, register
+from pyattn.library import below_autograd, differentiable, library, register, unobserved
 from pyattn.spec import Op, ProjectionProblem, ProjectionSpec, ProjectionTensors, empty_heads
 
 _TENSORS = "Tensor x, Tensor weight, " + ", ".join(f"Tensor? {name}" for name in ProjectionTensors._fields[2:])
@@ -218,7 +218,9 @@ library.impl("projection", _autocast("cuda"), "AutocastCUDA")
 
 def projection(spec: ProjectionSpec, t: ProjectionTensors, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of ``torch.ops.pyattn.projection``, differentiable."""
-    q, k, v, _ = _projection_op(*t, *spec, False, backend)
+    given = [x for x in t if x is not None]
+    at_once = unobserved(given) and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
+    q, k, v, _ = (_projection if at_once else _projection_op)(*t, *spec, False, backend)
     return q, k, v
 
 

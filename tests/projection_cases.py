@@ -138,13 +138,14 @@ def results(
 
 @functools.cache
 def expected(
-    case: ProjectionCase, dtype: torch.dtype, requires_grad: bool = True, draws: int = 3
+    case: ProjectionCase, dtype: torch.dtype, requires_grad: bool = True, draws: int = 3, device: str = "cpu"
 ) -> tuple[list[Results], Results]:
     """What the reference gives in ``dtype`` and in float64.
 
     The largest rounding error is a matter of luck, so there are several draws, which sum over E in different orders.
+    They are made on the ``device``, whose float32 products may sum in longer runs than a CPU's.
     """
-    kwargs = make(case, dtype, requires_grad)
+    kwargs = make(case, dtype, requires_grad, device)
     x = "attn_out" if case.D_in else "x"
     columns = kwargs[x].shape[-1]
     generator = torch.Generator().manual_seed(2)
@@ -159,11 +160,11 @@ def expected(
         for name in (f"grad of {x}", "grad of weight"):
             if name in found:
                 found[name] = found[name].unflatten(-1, (-1, columns))[..., back].flatten(-2)
-        return found
+        return {name: y.cpu() for name, y in found.items()}
 
     orders = [torch.arange(columns), *(torch.randperm(columns, generator=generator) for _ in range(draws - 1))]
     truth = results(case, to_dtype(kwargs, torch.float64), dtype, "reference")
-    return [emulate(order) for order in orders], truth
+    return [emulate(order) for order in orders], {name: y.cpu() for name, y in truth.items()}
 
 
 def check(
@@ -171,4 +172,4 @@ def check(
 ) -> None:
     """Holds a backend's outputs and gradients to the reference's, by ``pyattn.testing.assert_close``."""
     actual = results(case, make(case, dtype, requires_grad, device), dtype, backend)
-    check_results(actual, *expected(case, dtype, requires_grad))
+    check_results(actual, *expected(case, dtype, requires_grad, device=device))

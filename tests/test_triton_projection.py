@@ -124,7 +124,7 @@ def check_surrounded(case, dtype):
     }
     if "rotary" in kwargs:
         kwargs["rotary"] = kwargs["rotary"]._replace(cos=surrounded(kwargs["rotary"].cos))
-    check_results(results(case, kwargs, dtype, "triton"), *projection_cases.expected(case, dtype))
+    check_results(results(case, kwargs, dtype, "triton"), *projection_cases.expected(case, dtype, device=DEVICE))
 
 
 @pytest.mark.parametrize("name", ["everything, interleaved", "rotary, part", "odd head", "output, residual"])
@@ -144,7 +144,7 @@ def test_transposed_vectors_and_residual(way, small_tiles):
     kwargs["bias"] = kwargs["bias"].detach().repeat_interleave(2)[::2].requires_grad_()
     with backend.use(way):
         found = results(case, kwargs, torch.float32, "triton")
-    check_results(found, *projection_cases.expected(case, torch.float32))
+    check_results(found, *projection_cases.expected(case, torch.float32, device=DEVICE))
 
 
 @by_way
