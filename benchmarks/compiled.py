@@ -142,7 +142,7 @@ def launches(entry: Entry, length: int = 4096, layout: str = "BHLD") -> dict[str
 
 def case_launches(case: Case, dtype: torch.dtype, arch: str) -> dict[str, Launch]:
     """The same for one of the cases that tests compute."""
-    prepare = functional._dense if case.packed is None else functional._packed
+    prepare = functional.dense if case.packed is None else functional._packed
     return call_launches(*prepare(**make_inputs(case, dtype)), arch)
 
 

@@ -59,7 +59,7 @@ def _spec(
     return AttentionSpec._make(numbers), tensors
 
 
-def _dense(
+def dense(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -78,7 +78,7 @@ def _dense(
     scale: float | None = None,
     deterministic: bool = True,
 ) -> tuple[AttentionSpec, AttentionTensors]:
-    """The checked spec and tensors of a dense call."""
+    """The checked spec and tensors of ``attention``, with the dropout seed that it draws."""
     checks.check_qkv(query, key, value, packed=False, paged=block_table is not None)
     tensors = AttentionTensors(
         query,
@@ -232,7 +232,7 @@ def attention(
         )
         out = nested.to_jagged(out, query)
         return (out, nested.to_jagged(lse.mT, query)) if return_lse else out
-    spec, tensors = _dense(
+    spec, tensors = dense(
         query,
         key,
         value,
@@ -541,7 +541,7 @@ def naive_attention(
     if backend is not None:
         raise ValueError(f"backend must be None for naive_attention, got {backend!r}")
     checks.check_bool("return_lse", return_lse)
-    spec, tensors = _dense(query, key, value, **arguments)
+    spec, tensors = dense(query, key, value, **arguments)
     checks.check_values(tensors, None, None)
     out, lse = reference.naive_attention(spec, tensors, return_lse)
     return (out, lse) if return_lse else out
@@ -569,7 +569,7 @@ def explain(
     """
     name = dispatch.check_backend(backend)
     checks.check_bool("return_lse", return_lse)
-    prepare = _packed if "cu_seqlens_q" in arguments else _dense
+    prepare = _packed if "cu_seqlens_q" in arguments else dense
     spec, tensors = prepare(query, key, value, **arguments)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     problems = [Problem.of("forward", spec, tensors)]

@@ -73,7 +73,7 @@ def alibi_bias(spec: AttentionSpec, t: AttentionTensors, dtype: torch.dtype) -> 
     return -slopes * (rows + offset - keys).abs().to(dtype)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), words in int64."""
 
     def mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,8 +90,12 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def dropout_factor(spec: AttentionSpec, t: AttentionTensors, dtype: torch.dtype, first_batch: int) -> Tensor:
+def dropout_factor(
+    spec: AttentionSpec, t: AttentionTensors, dtype: torch.dtype, first_batch: int, first_head: int = 0
+) -> Tensor:
     """``[B, Hq, Lq, Lk]``: 0 where dropped, the inverse keep probability where kept.
+
+    Samples and query heads are counted from ``first_batch`` and ``first_head``.
 
     Key j of row i, query head h, sample b takes half ``(j >> 2) & 1`` of word ``j & 3`` of the block with counter
     ``(j // 8, i, h, b)``, and is kept if that half is at least ``round(p * 65536)``.
@@ -107,8 +111,10 @@ def dropout_factor(spec: AttentionSpec, t: AttentionTensors, dtype: torch.dtype,
         shape[dim] = n
         return torch.arange(first, first + n, device=device).view(shape)
 
-    blocks = torch.broadcast_tensors(axis((Lk + 7) // 8, 3), axis(Lq, 2), axis(Hq, 1), axis(B, 0, first_batch))
-    words = philox(blocks, int(t.dropout_seed))
+    blocks = torch.broadcast_tensors(
+        axis((Lk + 7) // 8, 3), axis(Lq, 2), axis(Hq, 1, first_head), axis(B, 0, first_batch)
+    )
+    words = philox(blocks, t.dropout_seed)
     halves = torch.stack([w & 0xFFFF for w in words] + [w >> 16 for w in words], dim=-1)
     kept = halves.flatten(-2)[..., :Lk] >= threshold
     return kept.to(dtype) * (65536 / (65536 - threshold))
@@ -156,6 +162,19 @@ def _scores(spec: AttentionSpec, t: AttentionTensors, dtype: torch.dtype) -> tup
     if live is not None:
         s = torch.where(live, s, -torch.inf)
     return s, slope
+
+
+def attention_weights(spec: AttentionSpec, t: AttentionTensors, first_head: int = 0) -> Tensor:
+    """What values are multiplied by in a call without sinks, dropout included: ``[B, Hq, Lq, Lk]``, as lse's dtype.
+
+    Made of differentiable operations; the rows and gradients of a query without keys are 0. With ``first_head`` the
+    query heads are some of a call's, counted from there.
+    """
+    compute = lse_dtype(t.query.dtype)
+    s, _ = _scores(spec, t, compute)
+    blind = (s == -torch.inf).all(-1, keepdim=True)
+    p = torch.softmax(s.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+    return p * dropout_factor(spec, t, compute, 0, first_head) if spec.dropout_p else p
 
 
 def _masked_matmul(weights: Tensor, x: Tensor, live: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from pyattn import reference
+from pyattn import functional, reference
 from pyattn.spec import AttentionSpec
 from pyattn.testing import DTYPES, Case, make_inputs, run
 
@@ -73,6 +73,20 @@ def test_the_backward_drops_what_the_forward_dropped(case, dtype, engine):
                 assert not grad[last:].any()
             else:
                 assert torch.equal(grad[..., 0] != 0, shared)
+
+
+def test_weights_of_some_heads_are_those_of_the_call():
+    """What the reference multiplies the identity by, head by head, with the heads' places in the call."""
+    kwargs = inputs(Case("heads", B=2, Hq=4, Hkv=4, Lq=9, Lk=21, kv_lengths=(21, 0)), torch.float32, 0.4)
+    out = run(kwargs, backend="reference")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        spec, t = functional.dense(**kwargs)
+    for h in range(4):
+        part = t._replace(query=t.query[:, h : h + 1], key=t.key[:, h : h + 1])
+        torch.testing.assert_close(reference.attention_weights(spec, part, h), out[:, h : h + 1])
+    torch.testing.assert_close(reference.attention_weights(spec, t), out)
+    assert not out[1].any() and out[0].any()
 
 
 def test_far_entries(engine):

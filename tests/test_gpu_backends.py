@@ -195,7 +195,7 @@ def test_finite_biases_of_any_size(kernels):
 def test_opcheck(name, kernels):
     case = dataclasses.replace(BY_NAME[name].small(), Hq=2, Hkv=1)
     kwargs = make_inputs(case, kernels.dtype, DEVICE, requires_grad=case.differentiable)
-    prepare = functional._dense if case.packed is None else functional._packed
+    prepare = functional.dense if case.packed is None else functional._packed
     spec, tensors = prepare(**kwargs)
     torch.library.opcheck(torch.ops.pyattn.attention_forward.default, (*tensors, *spec, kernels.name))
 
