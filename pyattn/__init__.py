@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from pyattn import nn
 from pyattn.dispatch import SlowPathWarning
 from pyattn.functional import (
     attention,
@@ -28,6 +29,7 @@ __all__ = [
     "explain_projection",
     "logging",
     "naive_attention",
+    "nn",
     "output_projection",
     "qkv_projection",
     "scaled_dot_product_attention",

@@ -1,0 +1,98 @@
+"""Projections and attention by name: pyattn's fused ones, or what they replace, to compare against."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyattn import functional, ops, projection, projection_ops, reference, reference_projection
+from pyattn.projection import Rotary
+from pyattn.spec import AttentionSpec, AttentionTensors
+
+Implementation = Literal["pyattn", "naive", "torch"]
+
+
+def check(attention: Any) -> Implementation:
+    """``attention``, if it is one of the names."""
+    if not isinstance(attention, str) or attention not in get_args(Implementation):
+        raise ValueError(f"attention must be one of {', '.join(get_args(Implementation))}, got {attention!r}")
+    return attention  # type: ignore[return-value]
+
+
+def project(
+    implementation: Implementation,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_heads: tuple[int, int, int],
+    rotary: Rotary | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``pyattn.qkv_projection`` with so many heads of q, k and v, zeros among them."""
+    spec, t = projection.heads(x, weight, bias, num_heads, rotary, q_norm, k_norm, eps, positions)
+    if implementation == "pyattn":
+        return projection_ops.projection(spec, t, "auto")
+    heads = F.linear(x, weight, bias).unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
+    q, k, v = heads.split(num_heads, 1)
+    if q_norm is not None:
+        q = F.rms_norm(q, q_norm.shape, q_norm.to(q.dtype), eps)
+    if k_norm is not None:
+        k = F.rms_norm(k, k_norm.shape, k_norm.to(k.dtype), eps)
+    return reference_projection.rotate(q, t, spec.interleaved), reference_projection.rotate(k, t, spec.interleaved), v
+
+
+def attend(implementation: Implementation, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+    """``pyattn.attention``."""
+    if implementation == "pyattn":
+        return functional.attention(query, key, value, **arguments)
+    if implementation == "naive":
+        return functional.naive_attention(query, key, value, **arguments)
+    return _torch_attention(query, key, value, **arguments)
+
+
+def _torch_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0, **arguments: Any) -> Tensor:
+    spec, t = functional.dense(query, key, value, **arguments)
+    if spec.softcap:
+        raise NotImplementedError('attention="torch" has no softcap, got one')
+    plain = t._replace(attn_mask=None)[3:] == (None,) * (len(t) - 3)
+    top_left = spec.q_offset == 0 or (spec.q_offset is None and query.shape[2] == key.shape[2])
+    is_causal = plain and t.attn_mask is None and top_left and spec.window_left is None and spec.window_right == 0
+    mask = None if is_causal else reference.structured_mask(spec, t)
+    if t.attn_mask is not None:
+        if mask is None:
+            mask = t.attn_mask
+        elif t.attn_mask.dtype == torch.bool:
+            mask = mask & t.attn_mask
+        else:
+            mask = torch.where(mask, t.attn_mask, -torch.inf)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p, is_causal, scale=spec.scale, enable_gqa=grouped
+    )
+
+
+def attend_as(implementation: Implementation, spec: AttentionSpec, t: AttentionTensors) -> Tensor:
+    """``attend`` for a checked call, whose dropout is drawn already: torch's own function would draw another."""
+    if implementation == "pyattn":
+        return ops.attention(spec, t, "auto")[0]
+    return reference.naive_attention(spec, t, False)[0]
+
+
+def output(
+    implementation: Implementation,
+    attn_out: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``pyattn.output_projection``."""
+    if implementation == "pyattn":
+        return projection.output_projection(attn_out, weight, bias, residual)
+    out = F.linear(attn_out.transpose(1, 2).flatten(2), weight, bias)
+    return out if residual is None else out + residual
