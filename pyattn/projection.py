@@ -125,8 +125,12 @@ def heads(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
     positions: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[ProjectionSpec, ProjectionTensors]:
-    """The checked spec and tensors of ``qkv_projection`` with any numbers of heads of q, k and v, zeros among them."""
+    """The checked spec and tensors of ``qkv_projection`` with any numbers of heads of q, k and v, zeros among them.
+
+    ``packed`` is the weight as the CPU's kernels want it, of the dtype of x. Nothing shows whether it is.
+    """
     rows = "[(Hq + 2 Hkv) * D, E]"
     _check_linear("x", x, 3, "[B, L, E]", weight, bias, rows)
     total = sum(num_heads)
@@ -141,7 +145,7 @@ def heads(
     if not checks.check_number("eps", eps) >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
     spec = ProjectionSpec(*num_heads, eps=eps, interleaved=rotary is not None and rotary.interleaved)
-    return spec, t._replace(x=x.unsqueeze(1), weight=weight, bias=bias, q_norm=q_norm, k_norm=k_norm)
+    return spec, t._replace(x=x.unsqueeze(1), weight=weight, bias=bias, q_norm=q_norm, k_norm=k_norm, packed=packed)
 
 
 def qkv_projection(
@@ -211,7 +215,11 @@ def qkv_projection(
 
 
 def _output(
-    attn_out: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    attn_out: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[ProjectionSpec, ProjectionTensors]:
     _check_linear("attn_out", attn_out, 4, "[B, H, L, D]", weight, bias, "[E, H * D]")
     if residual is not None:
@@ -219,7 +227,22 @@ def _output(
         shape = (attn_out.shape[0], attn_out.shape[2], weight.shape[0])
         checks.check_shape("residual", residual, shape, "[B, L, E]")
         residual = residual.unsqueeze(1)
-    return ProjectionSpec(1), ProjectionTensors(attn_out, weight, bias, residual)
+    return ProjectionSpec(1), ProjectionTensors(attn_out, weight, bias, residual, packed=packed)
+
+
+def output(
+    attn_out: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None = None,
+    name: str = "auto",
+) -> Tensor:
+    """``output_projection`` on the backend ``name``, with ``packed`` as in ``heads``."""
+    spec, t = _output(attn_out, weight, bias, residual, packed)
+    if residual is not None and torch.is_autocast_enabled(attn_out.device.type):  # as torch adds: in the wider dtype
+        return projection_ops.projection(spec, t._replace(residual=None), name)[0].squeeze(1) + residual
+    return projection_ops.projection(spec, t, name)[0].squeeze(1)
 
 
 def output_projection(
@@ -255,11 +278,7 @@ def output_projection(
         >>> out = pyattn.output_projection(heads, weight)
         >>> torch.testing.assert_close(out, heads.transpose(1, 2).flatten(2) @ weight.T)
     """
-    name = dispatch.check_backend(backend)
-    spec, t = _output(attn_out, weight, bias, residual)
-    if residual is not None and torch.is_autocast_enabled(attn_out.device.type):  # as torch adds: in the wider dtype
-        return projection_ops.projection(spec, t._replace(residual=None), name)[0].squeeze(1) + residual
-    return projection_ops.projection(spec, t, name)[0].squeeze(1)
+    return output(attn_out, weight, bias, residual, name=dispatch.check_backend(backend))
 
 
 def apply_rotary(

@@ -92,13 +92,13 @@ def calls(draw, attention="pyattn"):
     N, L, S = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 12))
     batched, batch_first = draw(st.booleans()), draw(st.booleans())
     N = N if batched else 1
-    same = draw(st.sampled_from(["all", "key and value", "query and value", "none"]))
-    S = L if same in ("all", "query and value") else S
+    same = draw(st.sampled_from(["all", "key and value", "query and value", "query and key", "none"]))
+    S = L if same in ("all", "query and value", "query and key") else S
     constructor = {"bias": draw(st.booleans()), "batch_first": batch_first}
     constructor |= {"add_bias_kv": draw(st.booleans()), "add_zero_attn": draw(st.booleans())}
     kdim = vdim = E
     if draw(st.booleans()):
-        kdim = E if same == "all" else draw(st.sampled_from([E, 7]))
+        kdim = E if same in ("all", "query and key") else draw(st.sampled_from([E, 7]))
         vdim = {"all": E, "key and value": kdim, "query and value": E}.get(same, draw(st.sampled_from([E, 10])))
         constructor |= {"kdim": kdim, "vdim": vdim}
     torch.manual_seed(draw(st.integers(0, 2**31)))
@@ -109,6 +109,8 @@ def calls(draw, attention="pyattn"):
         value = key
     elif same == "query and value":
         value = query
+    elif same == "query and key":
+        key = query
 
     arguments: dict[str, Any] = {}
     visible = draw(st.integers(0, S - 1))
@@ -265,6 +267,8 @@ def test_the_hint_of_causal():
             check_same(Call(torchs, ours, (x, x, x), arguments | {"attn_mask": mask}))
         # A promise that is not kept: the mask is not looked at in the same one case as in torch's module.
         check_same(Call(torchs, ours, (x, x, x), arguments | {"attn_mask": wrong}))
+    longer, mask = torch.randn(2, 9, E), torch.ones(6, 9, dtype=torch.bool).triu(1)  # aligned top-left
+    check_same(Call(torchs, ours, (x, longer, longer), {"attn_mask": mask, "is_causal": True, "need_weights": False}))
     with pytest.raises(RuntimeError, match="Need attn_mask"):
         torchs(x, x, x, is_causal=True)
     with pytest.raises(ValueError, match="attn_mask must be given with is_causal=True"):
@@ -391,6 +395,7 @@ def test_it_is_one_of_torchs(constructor):
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), torchs.parameters(), strict=True))
     torch.manual_seed(2)
     ours._reset_parameters()
+    assert not ours._qkv_same_embed_dim
     torch.manual_seed(2)
     torchs._reset_parameters()
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), torchs.parameters(), strict=True))

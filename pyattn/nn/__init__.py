@@ -4,6 +4,7 @@ from pyattn.nn.conversion import Conversion, convert
 from pyattn.nn.grouped import GroupedQueryAttention
 from pyattn.nn.multihead import MultiheadAttention
 from pyattn.nn.norm import RMSNorm
+from pyattn.nn.prepacking import prepack, unpack
 from pyattn.nn.rotary import RotaryEmbedding
 
 __all__ = [
@@ -13,4 +14,6 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "convert",
+    "prepack",
+    "unpack",
 ]

@@ -12,10 +12,11 @@ from pyattn.functional import Window
 from pyattn.nn import implementations
 from pyattn.nn.implementations import Implementation
 from pyattn.nn.norm import RMSNorm
+from pyattn.nn.prepacking import Prepackable
 from pyattn.nn.rotary import RotaryEmbedding
 
 
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(Prepackable):
     """Self-attention whose query heads share keys and values (Ainslie et al. 2023, arXiv:2305.13245).
 
     Three ops: ``pyattn.qkv_projection`` with norms and rotary, ``pyattn.attention``, ``pyattn.output_projection``.
@@ -117,6 +118,9 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(head_dim, eps, **factory) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps, **factory) if qk_norm else None
 
+    def _weights_to_pack(self) -> tuple[str, ...]:
+        return "qkv_proj.weight", "out_proj.weight"
+
     def extra_repr(self) -> str:
         return (
             f"{self.embed_dim}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, "
@@ -160,6 +164,7 @@ class GroupedQueryAttention(nn.Module):
             None if self.k_norm is None else self.k_norm.weight,
             self.eps,
             positions,
+            self._packed("qkv_proj.weight", x),
         )
         out = implementations.attend(
             self.attention,
@@ -173,4 +178,5 @@ class GroupedQueryAttention(nn.Module):
             attn_mask=attn_mask,
             dropout_p=float(self.dropout) if self.training else 0.0,
         )
-        return implementations.output(self.attention, out, self.out_proj.weight, self.out_proj.bias, residual)
+        packed = self._packed("out_proj.weight", x)
+        return implementations.output(self.attention, out, self.out_proj.weight, self.out_proj.bias, residual, packed)

@@ -33,9 +33,10 @@ def project(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
     positions: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``pyattn.qkv_projection`` with so many heads of q, k and v, zeros among them."""
-    spec, t = projection.heads(x, weight, bias, num_heads, rotary, q_norm, k_norm, eps, positions)
+    spec, t = projection.heads(x, weight, bias, num_heads, rotary, q_norm, k_norm, eps, positions, packed)
     if implementation == "pyattn":
         return projection_ops.projection(spec, t, "auto")
     heads = F.linear(x, weight, bias).unflatten(-1, (spec.num_heads, -1)).transpose(1, 2)
@@ -90,9 +91,10 @@ def output(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """``pyattn.output_projection``."""
     if implementation == "pyattn":
-        return projection.output_projection(attn_out, weight, bias, residual)
+        return projection.output(attn_out, weight, bias, residual, packed)
     out = F.linear(attn_out.transpose(1, 2).flatten(2), weight, bias)
     return out if residual is None else out + residual

@@ -10,10 +10,13 @@ from torch import Tensor
 from pyattn import checks, functional
 from pyattn.nn import implementations, masks
 from pyattn.nn.implementations import Implementation
+from pyattn.nn.prepacking import Prepackable
 from pyattn.nn.weights import attention_weights
 
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
-class MultiheadAttention(torch.nn.MultiheadAttention):
+
+class MultiheadAttention(Prepackable, torch.nn.MultiheadAttention):
     """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762), in place of ``torch.nn.MultiheadAttention``.
 
     It is one, with the same constructor, parameters and state dict, and gives the same outputs, but for this:
@@ -55,8 +58,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         >>> torch.testing.assert_close(out, torchs(x, x, x)[0])
     """
 
-    attention: Implementation
-
     def __init__(
         self,
         embed_dim: int,
@@ -84,6 +85,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self.attention = attention
         # TransformerEncoderLayer asks for it before it computes attention itself, from our weights.
         self._qkv_same_embed_dim = False
+
+    def _weights_to_pack(self) -> tuple[str, ...]:
+        return (*(_SEPARATE if self.in_proj_weight is None else ("in_proj_weight",)), "out_proj.weight")
 
     def _reset_parameters(self) -> None:
         self._qkv_same_embed_dim = self.in_proj_weight is not None
@@ -159,7 +163,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             heads = implementations.attend(self.attention, q, k, v, **arguments)
         if batched and not self.batch_first:
             heads = heads.transpose(0, 2)  # [L, H, N, D], so that the output is contiguous
-        out = implementations.output(self.attention, heads, self.out_proj.weight, self.out_proj.bias)
+        packed = self._packed("out_proj.weight", query)
+        out = implementations.output(self.attention, heads, self.out_proj.weight, self.out_proj.bias, packed=packed)
         if not batched:
             out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
@@ -201,22 +206,27 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, ``[N, H, L, D]``, in as few products as the tensors allow."""
-        E, H, weight, bias = self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias
-        name = self.attention
-        if weight is None:
-            weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        elif query is key and key is value:
-            return implementations.project(name, query, weight, bias, (H, H, H))
-        else:
-            weights = weight.split((E, 2 * E)) if key is value else weight.chunk(3)
-        biases: Any = (None,) * 3
-        if bias is not None:
-            biases = bias.split((E, 2 * E)) if len(weights) == 2 else bias.chunk(3)
-        q = implementations.project(name, query, weights[0], biases[0], (H, 0, 0))[0]
-        if len(weights) == 2:
-            return q, *implementations.project(name, key, weights[1], biases[1], (0, H, H))[1:]
-        k = implementations.project(name, key, weights[1], biases[1], (0, H, 0))[1]
-        v = implementations.project(name, value, weights[2], biases[2], (0, 0, H))[2]
+        E, H = self.embed_dim, self.num_heads
+        inputs: tuple[Tensor, ...] = (query, key, value)
+        if self.in_proj_weight is not None and key is value:
+            inputs = (query,) if query is key else (query, key)
+        counts = {1: (3,), 2: (1, 2), 3: (1, 1, 1)}[len(inputs)]  # how many of q, k and v each input becomes
+        sizes = [n * E for n in counts]
+        weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.split(sizes) if len(sizes) > 1 else (self.in_proj_weight,)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(sizes)
+        made: list[Tensor] = []
+        for x, weight, bias, n in zip(inputs, weights, biases, counts, strict=False):
+            first = len(made)
+            num_heads = tuple(H if first <= part < first + n else 0 for part in range(3))
+            if self.in_proj_weight is None:
+                packed = self._packed(_SEPARATE[first], x)
+            else:
+                packed = self._packed("in_proj_weight", x, first * E, (first + n) * E)
+            q_k_v = implementations.project(self.attention, x, weight, bias, num_heads, packed=packed)  # type: ignore[arg-type]
+            made += q_k_v[first : first + n]
+        q, k, v = made
         return q, k, v
 
     def _with_added_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
