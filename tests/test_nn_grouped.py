@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import pyattn
 from pyattn.nn import GroupedQueryAttention, RotaryEmbedding
@@ -260,6 +261,43 @@ def test_bad_calls(error, match, overrides):
     module = GroupedQueryAttention(E, 4, 2, rotary=RotaryEmbedding(4, 12))
     with pytest.raises(error, match=match):
         module(**{"x": z(2, 5, E)} | overrides)
+
+
+class Adapted(nn.Module):
+    """Has the weight of a Linear, and adds to what that computes."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+
+def test_parts_that_compute_something_else_are_refused():
+    """They are not called, so what they add would be missing."""
+    x = torch.randn(2, 5, E)
+    for name in ("qkv_proj", "out_proj"):
+        module = GroupedQueryAttention(E, 4, 2)
+        setattr(module, name, Adapted(getattr(module, name)))
+        with pytest.raises(TypeError, match=f"{name} must be a torch.nn.Linear: its weight is read, got Adapted"):
+            module(x)
+    for norm in (nn.LayerNorm(10), pyattn.nn.RMSNorm(10, elementwise_affine=False)):
+        module = GroupedQueryAttention(E, 4, 2, qk_norm=True)
+        module.k_norm = norm
+        with pytest.raises(TypeError, match="k_norm must be an RMSNorm with a weight, which is read, got"):
+            module(x)
+    module = GroupedQueryAttention(E, 4, 2, qk_norm=True)
+    module.q_norm.eps = module.k_norm.eps = None
+    torch.testing.assert_close(module(1e-3 * x), composed(module, 1e-3 * x), rtol=1e-4, atol=1e-6)
+    module.q_norm.eps = module.k_norm.eps = 0.5
+    torch.testing.assert_close(module(x), composed(module, x), rtol=1e-4, atol=1e-5)
+    module.k_norm.eps = 1.0
+    with pytest.raises(ValueError, match=r"k_norm must have the eps of q_norm, 0.5, got 1.0"):
+        module(x)
+    weighted = nn.utils.parametrizations.weight_norm(GroupedQueryAttention(E, 4, 2).qkv_proj)
+    module.k_norm.eps, module.qkv_proj = 0.5, weighted  # a parametrized Linear is one
+    torch.testing.assert_close(module(x), composed(module, x), rtol=1e-4, atol=1e-5)
 
 
 def test_positions_need_rotary():

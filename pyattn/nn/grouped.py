@@ -114,12 +114,27 @@ class GroupedQueryAttention(Prepackable):
         self.qkv_proj = nn.Linear(embed_dim, (num_heads + 2 * num_kv_heads) * head_dim, bias, **factory)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias, **factory)
         self.rotary = rotary
-        self.eps = eps
         self.q_norm = RMSNorm(head_dim, eps, **factory) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps, **factory) if qk_norm else None
 
     def _weights_to_pack(self) -> tuple[str, ...]:
         return "qkv_proj.weight", "out_proj.weight"
+
+    def _check_parts(self) -> None:
+        """That the parts whose weights are read, and which are not called, would compute what is computed."""
+        for name, part in (("qkv_proj", self.qkv_proj), ("out_proj", self.out_proj)):
+            if type(part).forward is not nn.Linear.forward:
+                raise TypeError(f"{name} must be a torch.nn.Linear: its weight is read, got {type(part).__name__}")
+        for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
+            if norm is not None and (type(norm).forward is not nn.RMSNorm.forward or norm.weight is None):
+                raise TypeError(f"{name} must be an RMSNorm with a weight, which is read, got {norm}")
+        if self.q_norm is not None and self.k_norm is not None and self.k_norm.eps != self.q_norm.eps:
+            raise ValueError(f"k_norm must have the eps of q_norm, {self.q_norm.eps}, got {self.k_norm.eps}")
+
+    def _eps(self, dtype: torch.dtype) -> float:
+        norm = self.k_norm if self.q_norm is None else self.q_norm
+        eps = None if norm is None else norm.eps
+        return torch.finfo(dtype).eps if eps is None else eps  # torch's default
 
     def extra_repr(self) -> str:
         return (
@@ -153,6 +168,7 @@ class GroupedQueryAttention(Prepackable):
         checks.check_tensor("x", x, checks.FLOAT_DTYPES)
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must have shape [B, L, E] with E = {self.embed_dim}, got {list(x.shape)}")
+        self._check_parts()
         q, k, v = implementations.project(
             self.attention,
             x,
@@ -162,7 +178,7 @@ class GroupedQueryAttention(Prepackable):
             None if self.rotary is None else self.rotary(x.shape[1]),
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
-            self.eps,
+            self._eps(x.dtype),
             positions,
             self._packed("qkv_proj.weight", x),
         )
