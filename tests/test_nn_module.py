@@ -105,8 +105,10 @@ def test_as_few_products_as_tensors_allow(batch_first):
     assert attention.call_count == 1
     _, torchs = pair(attention="torch")
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as sdpa:
-        torchs(x, x, x, need_weights=False)
-    assert sdpa.call_count == 1
+        hidden = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+        torchs(x, x, x, need_weights=False, attn_mask=hidden, is_causal=True)
+    _, _, _, mask, _, is_causal = sdpa.call_args.args
+    assert sdpa.call_count == 1 and mask is None and is_causal
 
 
 def test_layouts_of_outputs():

@@ -30,7 +30,7 @@ def check(attn_mask: Any, key_padding_mask: Any, like: Tensor, B: int | None, H:
     """Dtypes and shapes; B is None for input without a batch."""
     if attn_mask is not None:
         checks.check_tensor("attn_mask", attn_mask, _DTYPES, like)
-        shapes = [(Lq, Lk), ((B or 1) * H if B != 0 else 0, Lq, Lk)]
+        shapes = [(Lq, Lk), ((1 if B is None else B) * H, Lq, Lk)]
         if tuple(attn_mask.shape) not in shapes:
             batched = "[num_heads, L, S]" if B is None else "[N * num_heads, L, S]"
             raise ValueError(

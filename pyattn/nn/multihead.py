@@ -28,7 +28,8 @@ class MultiheadAttention(Prepackable, torch.nn.MultiheadAttention):
     * With ``is_causal=True`` and ``add_bias_kv`` or ``add_zero_attn`` every query sees the added keys, as it does with
       the mask alone; torch's hides them where ``need_weights=False``.
 
-    Without ``need_weights`` no score matrix is kept, and neither is one made of ``key_padding_mask``.
+    Without ``need_weights`` no matrix of scores is made. A ``key_padding_mask`` that hides the ends of sequences
+    becomes their lengths; any other is merged with ``attn_mask``, sample by sample, if there are both.
 
     Args:
         embed_dim: E, of queries and outputs.
