@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -61,7 +61,7 @@ def composed(module, x, attn_mask=None, positions=None, residual=None):
 
 
 @st.composite
-def calls(draw):
+def calls(draw, attention):
     Hkv, group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3]))
     B, L = draw(st.integers(1, 3)), draw(st.integers(1, 20))
     rotary = None
@@ -70,7 +70,6 @@ def calls(draw):
             draw(st.sampled_from([D, 6])), 50, base=draw(st.sampled_from([1e4, 50.0])), interleaved=draw(st.booleans())
         )
     sides = st.one_of(st.none(), st.integers(0, 9))
-    attention = draw(st.sampled_from(["pyattn", "pyattn", "pyattn", "naive", "torch"]))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     module = GroupedQueryAttention(
         E, Hkv * group, Hkv, head_dim=D, bias=draw(st.booleans()), rotary=rotary, qk_norm=draw(st.booleans()),
@@ -109,13 +108,24 @@ def results(function, module, x, arguments):
     return {"out": out.detach()} | grads | {name: p.grad for name, p in module.named_parameters()}
 
 
-@given(call=calls())
-def test_output_and_gradients_are_those_of_the_composition(call):
-    module, x, arguments = call
+@by_attention
+@settings(max_examples=100)
+@given(data=st.data())
+def test_output_and_gradients_are_those_of_the_composition(attention, data):
+    module, x, arguments = data.draw(calls(attention))
     found = results(module, module, x, arguments)
     expected = results(lambda **leaves: composed(module, **leaves), module, x, arguments)
     for name, y in expected.items():
         torch.testing.assert_close(found[name], y, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@by_attention
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [(2, 0), (2, None), (None, 1), (1, 3)], ids=str)
+def test_windows(window, is_causal, attention):
+    module = GroupedQueryAttention(E, 4, 2, window=window, is_causal=is_causal, attention=attention)
+    x = torch.randn(2, 9, E)
+    torch.testing.assert_close(module(x), composed(module, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
