@@ -1,8 +1,8 @@
 """Multi-head projections by the Triton kernels of ``pyattn.kernels.projection``.
 
 There are two ways to a forward. "fused" multiplies in Triton and finishes the tiles while they are in registers;
-"split" leaves the product to torch (cuBLAS, hipBLASLt) and finishes it in one more pass over memory. ``way`` says which
-is taken; the products of the backward are torch's.
+"split" leaves the product to torch (cuBLAS, hipBLASLt), which rounds it to the input dtype, and finishes it in one more
+pass over memory. ``way`` says which is taken; the products of the backward are torch's.
 """
 
 from __future__ import annotations
