@@ -180,7 +180,7 @@ def projection_launches(entry: Entry, length: int) -> dict[str, Launch]:
         table, norm = tensor(length, D // (4 if entry.mask == "part" else 2), dtype=torch.float32), tensor(D)
         t = t._replace(cos=table, sin=table, q_norm=norm, k_norm=norm)
     outputs = empty_heads(spec, t)
-    tiles = projection.product_tiles(entry.arch, dtype, rows, len(t.weight), spec, plain)
+    tiles = projection.product_tiles(entry.arch, dtype, rows, len(t.weight), spec, plain, plain)
     named = {"product": projection.forward(spec, t, outputs, None, tiles, "ieee")}
     if not plain:
         saved, y = tensor(B, 2 * H, length, D), tensor(B, length, 3 * H, D).transpose(1, 2)

@@ -62,11 +62,15 @@ _PRODUCT_FLOAT32: tuple[tuple[int, ...], ...] = (
 # In the interpreter each operation costs the same, whatever its size.
 _PRODUCT_INTERPRETER: tuple[tuple[int, ...], ...] = ((64, 64, 32, 4, 1),)
 FEW_PROGRAMS = 128  # about one a multiprocessor: with fewer, smaller tiles are taken
+RESIDUAL_ELEMENTS = 128 * 128  # of a tile with a residual
 ROWS_ELEMENTS = 4096  # of a tile of the kernels that only read and write
 
 
-def product_tiles(arch, dtype, rows, columns, spec, plain):
-    """Tiles for the fused product: the largest of which there are enough to fill a GPU. ``plain``: ``is_plain``."""
+def product_tiles(arch, dtype, rows, columns, spec, plain, residual):
+    """Tiles for the fused product: the largest of which there are enough to fill a GPU.
+
+    ``plain`` is what ``is_plain`` says, ``residual`` whether there is one: its tile takes registers, too.
+    """
     if arch == "interpreter":
         sizes = _PRODUCT_INTERPRETER
     elif dtype.itemsize == 4:
@@ -75,6 +79,8 @@ def product_tiles(arch, dtype, rows, columns, spec, plain):
         sizes = _PRODUCT[next(name for name in (arch, arch[:3], arch[:2]) if name in _PRODUCT)]
     for size in sizes:
         tiles = ProjectionTiles(*size)
+        if residual and tiles.BLOCK_M * tiles.BLOCK_N > RESIDUAL_ELEMENTS:
+            continue
         padded = columns
         if not plain:
             D = columns // spec.num_heads

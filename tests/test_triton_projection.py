@@ -362,11 +362,11 @@ def test_what_it_cannot_has_reasons():
 
 def test_tiles_get_smaller_until_there_are_enough_of_them():
     spec, columns = ProjectionSpec(16, 16, 16), 48 * 128
-    tiles = [product_tiles("sm_90", torch.bfloat16, rows, columns, spec, False)[:2] for rows in (16384, 512, 64)]
+    tiles = [product_tiles("sm_90", torch.bfloat16, rows, columns, spec, False, False)[:2] for rows in (16384, 512, 64)]
     assert tiles == [(128, 256), (128, 128), (32, 128)]
-    uneven = product_tiles("sm_90", torch.bfloat16, 16384, 18 * 64, ProjectionSpec(14, 2, 2), False)
+    uneven = product_tiles("sm_90", torch.bfloat16, 16384, 18 * 64, ProjectionSpec(14, 2, 2), False, False)
     assert uneven.BLOCK_N == 128  # two heads: with four k and v would share a tile
-    assert product_tiles("sm_90", torch.bfloat16, 4096, 512, ProjectionSpec(2), False)[:2] == (64, 256)
+    assert product_tiles("sm_90", torch.bfloat16, 4096, 512, ProjectionSpec(2), False, False)[:2] == (64, 256)
 
 
 @pytest.mark.skipif(ON_GPU, reason="with a GPU it measures")

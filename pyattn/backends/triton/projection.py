@@ -85,17 +85,17 @@ def describe(problem: ProjectionProblem) -> str:
     spec, x, plain = problem.spec, problem.x, _is_plain(problem)
     columns, depth = problem.weight_shape
     if way(x.dtype, depth, problem.head_dim, plain) == "fused":
-        tiles = _product_tiles(x.device, x.dtype, problem.rows, columns, spec, plain)
+        tiles = _product_tiles(x.device, x.dtype, problem.rows, columns, spec, plain, problem.has("residual"))
         return f"product and epilogue in {tiles}"
     return "product by torch" if plain else f"product by torch, epilogue in {tiles}"
 
 
 def _product_tiles(
-    device: torch.device, dtype: torch.dtype, rows: int, columns: int, spec: ProjectionSpec, plain: bool
+    device: torch.device, dtype: torch.dtype, rows: int, columns: int, spec: ProjectionSpec, plain: bool, residual: bool
 ) -> Any:
     if _tiles:
         return _tiles[0]
-    return kernels.product_tiles(triton.arch(device), dtype, rows, columns, spec, plain)
+    return kernels.product_tiles(triton.arch(device), dtype, rows, columns, spec, plain, residual)
 
 
 # ---- the backend ---------------------------------------------------------------------------------------------
@@ -148,9 +148,10 @@ def projection(spec: ProjectionSpec, t: ProjectionTensors, save: bool) -> tuple[
     problem, t = ProjectionProblem.of("forward", spec, t), _ready(t)
     outputs, saved = empty_heads(spec, t), _empty_saved(spec, t, save)
     kept = saved if save else None
+    rows, residual = t.x.shape[0] * t.x.shape[2], t.residual is not None
 
     def launch() -> Any:
-        tiles = _product_tiles(t.x.device, t.x.dtype, t.x.shape[0] * t.x.shape[2], columns, spec, plain)
+        tiles = _product_tiles(t.x.device, t.x.dtype, rows, columns, spec, plain, residual)
         return kernels.forward(spec, t, outputs, kept, tiles, triton.precision(t.x.dtype))
 
     q, k, v = outputs
