@@ -210,6 +210,55 @@ def feature_rows(cells: list[Cell]) -> list[Row]:
     ]
 
 
+def projection_rows(cells: list[Cell]) -> list[Row]:
+    names = {"eager": "over eager", "linear": "over linear"}
+    return [
+        {"": f"{cell['dtype']}, {cell['op']}", "tokens": str(cell["length"])}
+        | {"pyattn us": f"{cell['microseconds']['pyattn']:.0f}", "GFLOP/s": f"{cell['gflops']['pyattn']:.0f}"}
+        | {"of peak": f"{cell['percent_of_peak']:.0f}%"}
+        | {head: f"{cell['speedup'][name]:.2f}x" if name in cell["speedup"] else "" for name, head in names.items()}
+        for dtype, op in itertools.product(("float32", "bfloat16"), ("qkv, rotary", "qkv, rotary, both", "output"))
+        for cell in select(cells, dtype=dtype, op=op)
+    ]
+
+
+def multihead_rows(cells: list[Cell]) -> list[Row]:
+    return [
+        {"": f"{cell['op']}, {cell['dtype']}", "length": str(cell["length"])}
+        | {"pyattn ms": f"{cell['microseconds']['pyattn'] / 1e3:.2f}"}
+        | {"over torch.nn": f"{cell['speedup']['torch module']:.2f}x"}
+        for op, dtype in itertools.product(("training step", "forward"), ("float32", "bfloat16"))
+        for cell in select(cells, op=op, dtype=dtype)
+    ]
+
+
+def gpu_projection_rows(cells: list[Cell]) -> list[Row]:
+    def kind(cell: Cell) -> str:
+        heads = f"{cell['heads']} heads" + (f" on {cell['kv_heads']}" if cell["kv_heads"] != cell["heads"] else "")
+        what = {"forward": "forward", "both": "forward and backward", "rotary": "apply_rotary"}[cell["op"]]
+        extra = "" if cell["op"] == "rotary" or not cell["epilogue"] else ", norm and rotary"
+        return f"{what}{extra}, E {cell['width']}, {heads}{', interleaved' if cell['interleaved'] else ''}"
+
+    def times(cell: Cell) -> Row:
+        names = {
+            "fused": "fused us",
+            "split": "split us",
+            "eager": "eager us",
+            "linear": "linear us",
+            "copy": "copy us",
+        }
+        took = cell["microseconds"]
+        return {head: f"{took[name]:.0f}" if name in took else "" for name, head in names.items()}
+
+    return [
+        {"": kind(cell), "tokens": str(cell["tokens"])}
+        | times(cell)
+        | {"over eager": f"{max(cell['speedup'].values()):.2f}x"}
+        for cell in cells
+        if cell["width"] >= 2048
+    ]
+
+
 def gpu_rows(cells: list[Cell]) -> list[Row]:
     return [
         {"": f"D {cell['head_dim']}, {'causal' if cell['causal'] else 'full'}", "length": str(cell["length"])}
@@ -218,6 +267,7 @@ def gpu_rows(cells: list[Cell]) -> list[Row]:
         | speedups(cell)
         for head_dim, causal in itertools.product((64, 128, 256), (False, True))
         for cell in select(cells, head_dim=head_dim, causal=causal)
+        if cell["length"] in (512, 2048, 16384)
     ]
 
 
@@ -229,6 +279,7 @@ def gpu_decode_rows(cells: list[Cell]) -> list[Row]:
         | {"of a copy": f"{cell['percent_of_copy'][cell['chosen']]:.0f}%"}
         | speedups(cell)
         for cell in cells
+        if cell["heads"] <= 32
     ]
 
 
@@ -367,6 +418,19 @@ SUITES = {
         "The time with a feature over that without it, less 1, of causal attention of 2048 tokens and of the same "
         "work; packed sequences against a dense batch of them.",
     ),
+    "projection": Suite(
+        "Projections",
+        projection_rows,
+        "8 heads, E = 8 x head dim. qkv, rotary: q, k and v from one weight with bias, q and k turned; both: with its "
+        "backward; output: what follows attention, with bias. eager: F.linear and rotary on views; linear: F.linear "
+        "alone.",
+    ),
+    "multihead": Suite(
+        "pyattn.nn.MultiheadAttention",
+        multihead_rows,
+        "Self-attention of one sample by 8 heads with need_weights=False. A training step is forward and backward, "
+        "with gradients of input and parameters; the forward is in evaluation, where torch takes its C++ fast path.",
+    ),
     "attention_memory": Suite(
         "Memory",
         memory_rows,
@@ -406,6 +470,14 @@ SUITES |= {
     )
     for stage in ("forward", "backward")
 }
+SUITES["gpu_triton_projection"] = Suite(
+    "Projections on a GPU",
+    gpu_projection_rows,
+    "bfloat16; q, k and v together. fused: product and the rest in one Triton kernel; split: torch's product (cuBLAS), "
+    "the rest in a kernel; eager: F.linear, RMSNorm and rotary in torch; linear: F.linear alone. The last column: the "
+    "faster of the first two.",
+    on_gpu=True,
+)
 SUITES["gpu_decode"] = Suite(
     "Decode on a GPU: one query",
     gpu_decode_rows,

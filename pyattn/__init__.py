@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from pyattn import nn
+from pyattn import flops, nn
 from pyattn.dispatch import SlowPathWarning
 from pyattn.functional import (
     attention,
@@ -14,6 +14,7 @@ from pyattn.functional import (
 from pyattn.log import logging
 from pyattn.projection import Rotary, apply_rotary, explain_projection, output_projection, qkv_projection
 
+flops.register()
 try:
     __version__ = version("pyattn")
 except PackageNotFoundError:  # a clone on sys.path, never installed

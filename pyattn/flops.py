@@ -1,6 +1,7 @@
 """The operations of pyattn's ops for ``torch.utils.flop_counter``, counted as torch counts those of its own SDPA.
 
-That is the matrix products in full, two in the forward and five in the backward, whatever a mask leaves out.
+That is the matrix products in full: of attention two in the forward and five in the backward, whatever a mask leaves
+out, of projections one, and one for each gradient of what was multiplied.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyattn.spec import AttentionTensors
+from pyattn.spec import AttentionTensors, ProjectionTensors
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -53,10 +54,22 @@ def _formula(products_d: int, products_dv: int) -> Any:
     return count
 
 
+def _projection(*args: Any, **_: Any) -> int:
+    t = ProjectionTensors._make(args[: len(ProjectionTensors._fields)])
+    return 2 * t.x.shape[0] * t.x.shape[2] * t.weight.numel()  # type: ignore[union-attr]
+
+
+def _projection_backward(*args: Any, **_: Any) -> int:
+    needs = args[-2]
+    return _projection(*args) * sum(needs[:2])  # one product for the gradient of x, one for that of the weight
+
+
 def _register(counter: ModuleType) -> None:
     register = counter.register_flop_formula
     register(torch.ops.pyattn.attention_forward, get_raw=True)(_formula(1, 1))
     register(torch.ops.pyattn.attention_backward, get_raw=True)(_formula(3, 2))
+    register(torch.ops.pyattn.projection, get_raw=True)(_projection)
+    register(torch.ops.pyattn.projection_backward, get_raw=True)(_projection_backward)
 
 
 class _WhenImported:

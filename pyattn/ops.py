@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyattn import batching, dispatch, flops, log
+from pyattn import batching, dispatch, log
 from pyattn.checks import check_gradients, check_values
 from pyattn.library import below_autograd, differentiable, library, register, unobserved
 from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem, empty_output, lse_dtype, lse_shape
@@ -260,7 +260,6 @@ register(
 )
 library.impl("attention_forward", _forward_autocast("cpu"), "AutocastCPU")
 library.impl("attention_forward", _forward_autocast("cuda"), "AutocastCUDA")
-flops.register()
 
 
 def attention(spec: AttentionSpec, t: AttentionTensors, backend: str) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from projection_cases import CASES, ProjectionCase, call, check, make, results
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyattn
 from pyattn import projection, projection_ops
@@ -289,6 +290,24 @@ def test_func_grad_and_vmap():
     rotary, q = qkv()["rotary"], torch.randn(3, 2, 4, 6, 4)
     turned = torch.func.vmap(lambda q: pyattn.apply_rotary(q, q, rotary)[0])(q)
     assert torch.equal(turned, torch.stack([pyattn.apply_rotary(x, x, rotary)[0] for x in q]))
+
+
+def test_flops_are_those_of_the_products():
+    x, weight, _ = leaves()
+
+    def counted(function):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    def step(x, weight):
+        q, k, v = pyattn.qkv_projection(x, weight, num_heads=4, num_kv_heads=2)
+        return lambda: (q.sum() + k.sum() + v.sum()).backward()
+
+    product = 2 * 12 * 12 * 32
+    assert counted(lambda: step(x.detach(), weight.detach())) == product
+    for tensors, products in (((x, weight), 2), ((x, weight.detach()), 1), ((x.detach(), weight), 1)):
+        assert counted(step(*tensors)) == products * product
 
 
 def test_derivatives_that_there_are_not_raise():
