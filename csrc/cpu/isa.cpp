@@ -15,10 +15,12 @@ const std::vector<CpuKernels>& available_kernels() {
 #ifdef PYATTN_HAVE_AVX512
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#ifdef PYATTN_HAVE_AVX512_BF16
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) list.push_back(PYATTN_KERNELS(avx512_bf16));
-#endif
     if (avx512) list.push_back(PYATTN_KERNELS(avx512));
+#ifdef PYATTN_HAVE_AVX512_BF16
+    // Intel's cores take its dot product every other cycle, which is half the rate of two multiply-adds in float32.
+    const auto where = __builtin_cpu_is("intel") ? list.end() : list.begin();
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) list.insert(where, PYATTN_KERNELS(avx512_bf16));
+#endif
 #endif
 #ifdef PYATTN_HAVE_AVX2
     // Every processor with AVX2 so far has F16C.
