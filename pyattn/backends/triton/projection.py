@@ -205,7 +205,7 @@ def projection_backward(
         grad = t.x.new_empty((rows, spec.num_heads * D))
         if t.q_norm is not None or t.k_norm is not None:
             partials = t.x.new_empty(kernels.partials_shape(spec, rows, D), dtype=torch.float32)
-        normed = None if partials is None else saved
+        normed = None if partials is None else saved.contiguous()
         kind = ProjectionProblem.of("backward", spec, t), *(x.stride() for x in grads)
         ready = _ready(t)
         launch = functools.partial(kernels.backward, spec, ready, normed, grads, grad, partials)
