@@ -324,11 +324,14 @@ def plan(case, dtype=torch.bfloat16, op="forward"):
 
 
 def test_the_way_is_explained():
-    case, deep = BY_NAME["gqa"], ProjectionCase("deep", L=2, E=backend.FUSED_DEPTH + 1)
+    case, deep = BY_NAME["gqa"], ProjectionCase("deep", L=backend.FEW_ROWS, E=backend.FUSED_DEPTH + 1)
     assert plan(case).startswith("product and epilogue in tiles of ")
     assert plan(deep).startswith("product by torch, epilogue in tiles of 256 tokens x 16 columns")
     assert plan(case, torch.float32).startswith("product by torch, epilogue in ")
     assert plan(BY_NAME["wide heads"]).startswith("product by torch, epilogue in tiles of 8 tokens x 512 columns")
+    sizes = [(4096, 2048), (16384, 1024), (16384, 2048), (4096, 4096), (512, 4096)]  # as measured
+    ways = [backend.way(torch.bfloat16, *size, 128, False) for size in sizes]
+    assert ways == ["fused", "fused", "split", "split", "fused"]
     with backend.use("split"):
         assert plan(case).startswith("product by torch, epilogue in ") and plan(BY_NAME["output"]) == "product by torch"
     with backend.use("fused", SMALL):

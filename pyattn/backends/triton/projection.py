@@ -26,7 +26,11 @@ Way = Literal["fused", "split"]
 MAX_FUSED_HEAD_DIM = 256  # of heads with an epilogue: a tile holds whole ones
 MAX_HEAD_DIM = 1024
 MAX_ROWS = 2**30  # tokens are counted in 32 bits
-FUSED_DEPTH = 2048  # columns of x up to which a pass over memory saved is worth more than a faster product
+# Where the fused way is the faster one, as measured on an H100 (``benchmarks/gpu_projection.py``): its product is
+# slower than torch's, and what it saves is one pass over the product, and for few tokens a second kernel's start.
+FEW_ROWS = 1024
+FUSED_DEPTH = 2048  # columns of x
+FUSED_ELEMENTS = 2**24  # of x
 
 _forced: list[Way] = []
 _tiles: list[Any] = []  # kernels.ProjectionTiles
@@ -43,13 +47,14 @@ def use(way: Way | None = None, tiles: Any = None) -> Iterator[None]:
         _forced[:], _tiles[:] = before
 
 
-def way(dtype: torch.dtype, depth: int, D: int, plain: bool) -> Way:
+def way(dtype: torch.dtype, rows: int, depth: int, D: int, plain: bool) -> Way:
     """How a forward goes: see above. ``plain`` is ``kernels.is_plain``, D the head dim of the outputs."""
     if D > MAX_FUSED_HEAD_DIM and not plain:
         return "split"
     if _forced:
         return _forced[0]
-    return "fused" if dtype != torch.float32 and depth <= FUSED_DEPTH else "split"
+    few = rows <= FEW_ROWS or (depth <= FUSED_DEPTH and rows * depth <= FUSED_ELEMENTS)
+    return "fused" if few and dtype != torch.float32 else "split"
 
 
 # ---- what it can, and how ------------------------------------------------------------------------------------
@@ -84,7 +89,7 @@ def describe(problem: ProjectionProblem) -> str:
         return f"epilogue in {tiles}; products by torch"
     spec, x, plain = problem.spec, problem.x, _is_plain(problem)
     columns, depth = problem.weight_shape
-    if way(x.dtype, depth, problem.head_dim, plain) == "fused":
+    if way(x.dtype, problem.rows, depth, problem.head_dim, plain) == "fused":
         tiles = _product_tiles(x.device, x.dtype, problem.rows, columns, spec, plain, problem.has("residual"))
         return f"product and epilogue in {tiles}"
     return "product by torch" if plain else f"product by torch, epilogue in {tiles}"
@@ -143,12 +148,13 @@ def _rows(x: Tensor) -> Tensor:
 def projection(spec: ProjectionSpec, t: ProjectionTensors, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert t.weight is not None
     plain, D, (columns, depth) = kernels.is_plain(spec, t), head_dim(spec, t), t.weight.shape
-    if way(t.x.dtype, depth, D, plain) == "split":
+    rows = t.x.shape[0] * t.x.shape[2]
+    if way(t.x.dtype, rows, depth, D, plain) == "split":
         return _split(spec, t, save, plain)
     problem, t = ProjectionProblem.of("forward", spec, t), _ready(t)
     outputs, saved = empty_heads(spec, t), _empty_saved(spec, t, save)
     kept = saved if save else None
-    rows, residual = t.x.shape[0] * t.x.shape[2], t.residual is not None
+    residual = t.residual is not None
 
     def launch() -> Any:
         tiles = _product_tiles(t.x.device, t.x.dtype, rows, columns, spec, plain, residual)
