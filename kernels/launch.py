@@ -34,8 +34,8 @@ class Tiles(NamedTuple):
 
 
 # By kernel and family of GPUs: (BLOCK_M, BLOCK_N, num_warps, num_stages) for head dims up to 64, 128 and 256. The
-# compiler finds registers and shared memory for them (``benchmarks/compiled.py``). Those of sm_90 were the
-# fastest there with Triton 3.6 (``benchmarks/tune.py``); how fast the others are only a GPU tells.
+# compiler finds registers and shared memory for them (``benchmarks/compiled.py``). Those of sm_90 are the fastest there
+# with Triton 3.6 (``benchmarks/tune.py``) of which 3.9 spills no registers; how fast the others are only a GPU tells.
 _DEFAULTS = {
     "forward": {
         "sm_90": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
@@ -44,13 +44,13 @@ _DEFAULTS = {
         "gfx": ((128, 32, 4, 2), (128, 32, 4, 2), (64, 32, 8, 2)),
     },
     "dkdv": {
-        "sm_90": ((32, 128, 4, 2), (64, 64, 4, 2), (32, 64, 8, 2)),
+        "sm_90": ((32, 128, 4, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
         "sm_100": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 1)),
         "sm": ((32, 128, 8, 1), (64, 64, 8, 1), (16, 64, 8, 1)),
         "gfx": ((32, 128, 8, 1), (32, 64, 4, 1), (16, 64, 8, 1)),
     },
     "dq": {
-        "sm_90": ((128, 32, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3)),
+        "sm_90": ((128, 32, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3)),
         "sm_100": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
         "sm": ((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
         "gfx": ((128, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),

@@ -56,7 +56,8 @@ def _compute(op: Op, spec: ProjectionSpec, t: ProjectionTensors, backend: str, c
 
 def _projection(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec, t = _unpack(args)
-    t = t._replace(x=_dense(t.x), weight=_dense(args[1]))
+    residual = None if t.residual is None else _dense(t.residual)
+    t = t._replace(x=_dense(t.x), weight=_dense(args[1]), residual=residual)
     return _compute("forward", spec, t, args[-1], lambda backend: backend.projection(spec, t, args[-2]))
 
 

@@ -175,6 +175,15 @@ def test_projecting_and_attending_equals_the_composition(seed, dtype, engine):
     assert_close(actual, [block(dtype, "reference")], block(torch.float64, "reference"))
 
 
+def test_last_strides_other_than_1(any_engine):
+    """Of every tensor that there are rows of."""
+    kwargs = make(BY_NAME["output, residual"], torch.float32)
+    apart = {name: torch.stack([x, x * torch.nan], -1)[..., 0] for name, x in kwargs.items()}
+    with any_engine.at_work():
+        expected = pyattn.output_projection(**kwargs, backend=any_engine.backend)
+        assert torch.equal(pyattn.output_projection(**apart, backend=any_engine.backend), expected)
+
+
 # ---- a packed weight ----------------------------------------------------------------------------------------------
 
 
