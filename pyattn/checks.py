@@ -27,6 +27,12 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether ops on ``x`` choose its dtype."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def check_tensor(
     name: str, x: Any, dtypes: Sequence[torch.dtype], like: Tensor | None = None, like_name: str = "query"
 ) -> None:
@@ -58,7 +64,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, packed: bool, paged:
         check_tensor(name, x, FLOAT_DTYPES, query)
         if x.dim() != key_rank:
             raise ValueError(f"{name} must have shape {key_layout}, got {list(x.shape)}")
-        if x.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+        if x.dtype != query.dtype and not autocasts(query):
             raise TypeError(f"{name} must have the dtype of query ({query.dtype}), got {x.dtype}")
     q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
     if k_shape[:-1] != v_shape[:-1]:
@@ -115,7 +121,7 @@ def check_window(causal: bool, window: Any) -> tuple[int | None, int | None]:
 def check_mask(attn_mask: Any, query: Tensor, shape: tuple[int, ...]) -> None:
     """Bool, or a float that the scores can hold, broadcastable to ``shape = [B, Hq, Lq, Lk]``."""
     wide = (torch.float64,) if query.dtype == torch.float64 else ()
-    autocast = FLOAT_DTYPES if torch.is_autocast_enabled(query.device.type) else ()
+    autocast = FLOAT_DTYPES if autocasts(query) else ()
     check_tensor("attn_mask", attn_mask, (torch.bool, query.dtype, torch.float32, *wide, *autocast), query)
     sizes = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
     if len(sizes) != 4 or any(m not in (1, n) for m, n in zip(sizes, shape, strict=True)):

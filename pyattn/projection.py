@@ -39,9 +39,7 @@ class Rotary(NamedTuple):
 
 def _like(x: Tensor) -> tuple[torch.dtype, ...]:
     """Dtypes that an operand of a product with ``x`` may have: under autocast all, since they will be cast."""
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return checks.FLOAT_DTYPES if autocast else (x.dtype,)
+    return checks.FLOAT_DTYPES if checks.autocasts(x) else (x.dtype,)
 
 
 def _check_linear(name: str, x: Any, rank: int, layout: str, weight: Any, bias: Any, weight_layout: str) -> None:
@@ -240,7 +238,7 @@ def output(
 ) -> Tensor:
     """``output_projection`` on the backend ``name``, with ``packed`` as in ``heads``."""
     spec, t = _output(attn_out, weight, bias, residual, packed)
-    if residual is not None and torch.is_autocast_enabled(attn_out.device.type):  # as torch adds: in the wider dtype
+    if residual is not None and checks.autocasts(attn_out):  # as torch adds: in the wider dtype
         return projection_ops.projection(spec, t._replace(residual=None), name)[0].squeeze(1) + residual
     return projection_ops.projection(spec, t, name)[0].squeeze(1)
 

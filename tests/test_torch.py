@@ -92,6 +92,15 @@ def test_fake_and_meta_tensors():
     check_shapes(*(torch.empty(shape, device="meta", requires_grad=True) for shape in shapes))
 
 
+def test_modules_on_the_meta_device():
+    """As large models are made; with a mask."""
+    x, mask = torch.empty(2, 5, 16, device="meta"), torch.empty(5, 5, dtype=torch.bool, device="meta")
+    module = pyattn.nn.MultiheadAttention(16, 4, batch_first=True, device="meta")
+    assert module(x, x, x, attn_mask=mask, need_weights=False)[0].shape == x.shape
+    block = pyattn.nn.GroupedQueryAttention(16, 4, 2, device="meta")
+    assert block(x, mask, residual=x).shape == x.shape
+
+
 # ---- checkpoints and flops ---------------------------------------------------------------------------------
 
 

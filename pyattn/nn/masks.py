@@ -48,7 +48,7 @@ def _runs(padding: Tensor) -> tuple[Tensor, Tensor] | None:
 
     None also where the values cannot be looked at, and where they are more than a choice of keys.
     """
-    if padding.requires_grad or not unobserved((padding,)):
+    if padding.requires_grad or not padding.is_cpu or not unobserved((padding,)):
         return None
     live = ~padding if padding.dtype == torch.bool else padding == 0
     if padding.dtype != torch.bool and not (live | (padding == -torch.inf)).all():

@@ -173,7 +173,7 @@ class MultiheadAttention(Prepackable, torch.nn.MultiheadAttention):
     def _check(self, query: Any, key: Any, value: Any, *flags: Any) -> bool:
         """Whether the input has a batch."""
         parameter = self.out_proj.weight
-        autocast = torch.is_autocast_enabled(parameter.device.type)
+        autocast = checks.autocasts(parameter)
         for name, x in (("query", query), ("key", key), ("value", value)):
             if isinstance(x, Tensor) and x.is_nested:
                 raise TypeError(
