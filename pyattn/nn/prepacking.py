@@ -130,9 +130,8 @@ def prepack(module: nn.Module) -> None:
     ``weight.data.mul_(2)``, is not seen: calls go on with the old weights.
 
     A weight is packed when a call first needs it, and takes its size again, or twice that in float16 and, without
-    AVX-512-BF16, in bfloat16. Copies and files of
-    the module are not packed, nor is it itself once ``to`` has moved or cast its weights. Calls under autocast, in
-    ``torch.func`` and compiled ones do not use packed weights.
+    AVX-512-BF16, in bfloat16. Copies and files of the module are not packed, nor is it itself once ``to`` has moved or
+    cast its weights. Calls under autocast, in ``torch.func`` and compiled ones do not use packed weights.
 
     Args:
         module: any module; each ``MultiheadAttention`` and ``GroupedQueryAttention`` in it is packed, if its
