@@ -5,8 +5,8 @@
 
 ``check`` runs compute-sanitizer over a few tests and then every test of the backend. ``forward``, ``backward`` and
 ``decode`` measure: pyattn's backends and their peers take turns with a large matrix product and a copy, whose rates are
-the machine's limits. Each row is saved as soon as it is measured, in ``results/<device>/``; a rerun goes on where it
-was, and rows that tell most come first.
+the machine's limits; ``projection`` is ``gpu_projection.py``. Each row is saved as soon as it is measured, in
+``results/<device>/``; a rerun goes on where it was, and rows that tell most come first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pyattn import compare, dispatch, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TESTS = {"triton": "tests/test_triton.py", "cuda": "tests/test_cuda.py"}
+TESTS = {"triton": ["tests/test_triton.py", "tests/test_triton_projection.py"], "cuda": ["tests/test_cuda.py"]}
 SHARED_TESTS = "tests/test_gpu_backends.py"  # their names say of which backend they are
 SANITIZERS = {"triton": ("memcheck",), "cuda": ("memcheck", "racecheck")}
 # A test of every kernel, with masks, pages, packed sequences and sizes that fill no tile.
@@ -170,12 +170,12 @@ def run_check(backend: str) -> None:
     if sanitizer is None:
         sys.exit("gpu: compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
-    smoke = [*pytest, "-x", "-k", SMOKE, TESTS[backend]]
+    smoke = [*pytest, "-x", "-k", SMOKE, TESTS[backend][0]]
     # Most of the time is the compiler's: with pytest-xdist it has every core.
     parallel = ["-n", str(measure.physical_cores())] if importlib.util.find_spec("xdist") else []
     commands = [
         *([sanitizer, "--tool", tool, "--error-exitcode", "1", *smoke] for tool in SANITIZERS[backend]),
-        [*pytest, *parallel, "-k", backend, TESTS[backend], SHARED_TESTS],
+        [*pytest, *parallel, "-k", backend, *TESTS[backend], SHARED_TESTS],
     ]
     for command in commands:
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if command[0] == sanitizer else {}
@@ -220,7 +220,7 @@ def finished(path: Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", required=True, choices=("check", "forward", "backward", "decode"))
+    parser.add_argument("--stage", required=True, choices=("check", "forward", "backward", "decode", "projection"))
     parser.add_argument("--backend", choices=sorted(TESTS), help="of the check: default both")
     parser.add_argument("--seconds", type=float, default=540, help="start no row later than this")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
@@ -232,7 +232,11 @@ def main() -> None:
             sys.exit(f"gpu: backend {backend}: {'; '.join(reasons)}")
         if arguments.stage == "check":
             run_check(backend)
-    if arguments.stage != "check":
+    if arguments.stage == "projection":
+        import gpu_projection  # which imports this
+
+        gpu_projection.run(arguments.results, arguments.seconds)
+    elif arguments.stage != "check":
         run_measurements(arguments.stage, arguments.results, arguments.seconds)
 
 
