@@ -28,11 +28,18 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-wid
 
 # ISA -> compiler flags, lowest first. They are linked in this order, after the baseline files: where several
 # ISAs define the same inline function the linker keeps the first, and that one must run on every machine.
-X86_64 = {"portable": "", "avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+X86_64 = {
+    "portable": "",
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "avx512_amx": f"{AVX512} -mamx-tile -mamx-bf16",
+}
 ISAS = X86_64 if sysconfig.get_platform().endswith("-x86_64") else {"portable": ""}
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if "emulator" not in path.parts)
 KERNELS = [source for source in SOURCES if Path(source).match("csrc/cpu/*_kernel.cpp")]
+OF_AMX = ("csrc/cpu/projection_kernel.cpp", "csrc/cpu/peak_kernel.cpp")  # the rest is that of avx512
 BINDINGS = "csrc/bindings.cpp"  # the only file that sees Python
 
 # Not -ffast-math: inf and NaN mean something here.
@@ -90,7 +97,7 @@ def write_ninja(build: Path) -> Path:
             compile_file(source, "", f"{have} {python_includes(build)}" if source == BINDINGS else have)
         for isa, isa_flags in ISAS.items():
             defines = f"-DPYATTN_ISA={isa} -DPYATTN_ISA_{isa.upper()}=1"
-            for source in KERNELS:
+            for source in OF_AMX if isa == "avx512_amx" else KERNELS:
                 compile_file(source, f".{isa}", f"{isa_flags} {defines}")
         n.build(str(library), "link", objects)
     return library

@@ -17,7 +17,8 @@ constexpr int kDecodeQueries = 16;
 constexpr int kDecodeKeys = 64;
 
 // What every instruction set provides. `peak_gflops` measures the rate of multiply-adds of one thread, with
-// the bfloat16 dot product where `dtype` is bfloat16 and there is one.
+// the bfloat16 dot product, or AMX, where `dtype` is bfloat16 and there is one. avx512_amx has projections of its own,
+// and the attention of avx512.
 struct CpuKernels {
   const char* isa;
   void (*attention_forward)(const AttentionParams&, int threads);
@@ -42,6 +43,7 @@ struct CpuKernels {
   int64_t pack_weight(DType, const Matrix& weight, int64_t columns, int64_t depth, float* out, int threads); \
   double peak_gflops(DType dtype);                                                                           \
   }
+PYATTN_DECLARE(avx512_amx)
 PYATTN_DECLARE(avx512_bf16)
 PYATTN_DECLARE(avx512)
 PYATTN_DECLARE(avx2)

@@ -35,9 +35,9 @@ PYATTN_INLINE int64_t query_words(int64_t D) {
 }
 
 // kLanes words: floats, or pairs of bfloat16 along the row.
-template <class T>
+template <class T, bool kPairs = kDot<T>>
 PYATTN_INLINE vf load_words(const T* row) {
-  if constexpr (kDot<T>)
+  if constexpr (kPairs)
     return load_unaligned(row);
   else
     return load_floats(row);
@@ -45,24 +45,24 @@ PYATTN_INLINE vf load_words(const T* row) {
 
 // Rows of queries, or of keys in the place of queries, transposed to [tile][word][lane]; words past the end and lanes
 // past `rows`, up to whole panels, are 0. row(i) points to row i.
-template <class T, class Row>
+template <class T, bool kPairs = kDot<T>, class Row>
 PYATTN_INLINE void pack_rows(const Row& row, int rows, int size, float* out) {
-  constexpr int kColumns = kLanes * (kDot<T> ? 2 : 1);  // of a square block of words
-  const int64_t words = query_words<kDot<T>>(size);
+  constexpr int kColumns = kLanes * (kPairs ? 2 : 1);  // of a square block of words
+  const int64_t words = query_words<kPairs>(size);
   for (int lane = 0; lane < round_up(rows, kPanel); lane += kLanes) {
     float* column = out + lane / kTileLanes * words * kTileLanes + lane % kTileLanes;
     for (int first = 0; first < size; first += kColumns, column += kLanes * kTileLanes) {
       vf block[kLanes];
       if (lane + kLanes <= rows && first + kColumns <= size) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = load_words(row(lane + i) + first);
+        for (int i = 0; i < kLanes; ++i) block[i] = load_words<T, kPairs>(row(lane + i) + first);
       } else {
         alignas(64) T padded[kColumns];
         const size_t bytes = static_cast<size_t>(min_int(kColumns, size - first)) * sizeof(T);
         for (int i = 0; i < kLanes; ++i) {
           for (int c = 0; c < kColumns; ++c) padded[c] = T{};
           if (lane + i < rows) std::memcpy(padded, row(lane + i) + first, bytes);
-          block[i] = load_words(padded);
+          block[i] = load_words<T, kPairs>(padded);
         }
       }
       transpose(block);

@@ -2,6 +2,7 @@
 // against.
 #include <chrono>
 
+#include "amx.h"
 #include "isa.h"
 #include "vec.h"
 
@@ -10,25 +11,31 @@ namespace {
 
 constexpr int kChains = 12;  // independent accumulators: enough to hide the latency, few enough for 16 registers
 
-template <class Step>
-double gflops(int flops_per_lane, const Step& step) {
+// The best rate of a few runs of `round`, of so many operations.
+template <class Round>
+double best_gflops(double flops, const Round& round) {
   constexpr int kRounds = 200000;
   double best = 0;
-  vf c[kChains] = {};
   for (int repeat = 0; repeat < 20; ++repeat) {
     const auto begin = std::chrono::steady_clock::now();
-    for (int round = 0; round < kRounds; ++round) {
-#pragma GCC unroll 12
-      for (int i = 0; i < kChains; ++i) {
-        c[i] = step(c[i]);
-        hide(c[i]);
-      }
-    }
+    for (int i = 0; i < kRounds; ++i) round();
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-    const double rate = 1e-9 * flops_per_lane * kLanes * kChains * kRounds / seconds.count();
+    const double rate = 1e-9 * flops * kRounds / seconds.count();
     best = rate > best ? rate : best;
   }
   return best;
+}
+
+template <class Step>
+double gflops(int flops_per_lane, const Step& step) {
+  vf c[kChains] = {};
+  return best_gflops(flops_per_lane * kLanes * kChains, [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      c[i] = step(c[i]);
+      hide(c[i]);
+    }
+  });
 }
 
 }  // namespace
@@ -39,6 +46,21 @@ double peak_gflops(DType dtype) {
   hide(b);
 #ifdef PYATTN_ISA_AVX512_BF16
   if (dtype == DType::bf16) return gflops(4, [&](vf c) { return (vf)_mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); });
+#endif
+#ifdef PYATTN_ISA_AVX512_AMX
+  if (dtype == DType::bf16) {
+    const AmxTiles tiles(kAmxRows, kAmxRows, kAmxWords);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+    return best_gflops(4.0 * 4 * kAmxRows * kAmxLanes * kAmxWords, [] {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    });
+  }
 #endif
   (void)dtype;
   return gflops(2, [&](vf c) { return c * a + b; });

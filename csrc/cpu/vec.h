@@ -18,7 +18,7 @@ namespace pyattn::PYATTN_ISA {
 
 #define PYATTN_INLINE __attribute__((always_inline)) inline
 
-#if defined(PYATTN_ISA_AVX512_BF16) || defined(PYATTN_ISA_AVX512)
+#if defined(PYATTN_ISA_AVX512_BF16) || defined(PYATTN_ISA_AVX512) || defined(PYATTN_ISA_AVX512_AMX)
 #define PYATTN_AVX512 1
 constexpr int kLanes = 16;     // floats in a vector
 constexpr int kMaxPanels = 4;  // panels of 16 queries in one register tile
