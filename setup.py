@@ -59,6 +59,16 @@ def flags() -> tuple[str, str]:
     return f"{compile} {os.environ.get('CXXFLAGS', '')}", f"{link} {os.environ.get('LDFLAGS', '')}"
 
 
+def isas() -> dict[str, str]:
+    """Those whose flags the compiler knows: an old one has no AMX."""
+
+    def known(flags: str) -> bool:
+        command = [*shlex.split(os.environ.get("CXX", "g++")), *flags.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    return {isa: flags for isa, flags in ISAS.items() if not flags or known(flags)}
+
+
 def python_includes(build: Path) -> str:
     """Python's headers, and pybind11's, copied to a folder that stays.
 
@@ -92,10 +102,11 @@ def write_ninja(build: Path) -> Path:
             objects.append(str(build / f"{source}{suffix}.o"))
             n.build(objects[-1], "compile", source, variables={"flags": flags})
 
-        have = " ".join(f"-DPYATTN_HAVE_{isa.upper()}=1" for isa in ISAS)
+        found = isas()
+        have = " ".join(f"-DPYATTN_HAVE_{isa.upper()}=1" for isa in found)
         for source in sorted(set(SOURCES) - set(KERNELS)):
             compile_file(source, "", f"{have} {python_includes(build)}" if source == BINDINGS else have)
-        for isa, isa_flags in ISAS.items():
+        for isa, isa_flags in found.items():
             defines = f"-DPYATTN_ISA={isa} -DPYATTN_ISA_{isa.upper()}=1"
             for source in OF_AMX if isa == "avx512_amx" else KERNELS:
                 compile_file(source, f".{isa}", f"{isa_flags} {defines}")
