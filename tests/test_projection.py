@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import projection_cases
@@ -182,6 +183,22 @@ def test_last_strides_other_than_1(any_engine):
     with any_engine.at_work():
         expected = pyattn.output_projection(**kwargs, backend=any_engine.backend)
         assert torch.equal(pyattn.output_projection(**apart, backend=any_engine.backend), expected)
+
+
+@by_dtype
+@pytest.mark.parametrize("L", [5, 70], ids=["few rows", "blocks"])
+def test_what_an_earlier_call_left_behind_does_not_show(L, dtype, engine):
+    """Beside the last element of an odd depth lies what an even one had there."""
+    case = ProjectionCase("odd depth", heads=(2, 1, 1), D=48, L=L, B=2, E=129, layout="transposed")
+    kwargs = make(case, dtype)
+    even = make(dataclasses.replace(case, E=130), dtype)
+    even["x"].fill_(torch.nan)
+    with engine.at_work(1):
+        expected = call(case, kwargs, engine.backend)
+        call(case, kwargs | even, engine.backend)
+        found = call(case, kwargs, engine.backend)
+    for name, x in expected.items():
+        assert x.isfinite().all() and torch.equal(found[name], x)
 
 
 # ---- a packed weight ----------------------------------------------------------------------------------------------
