@@ -33,13 +33,13 @@ X86_64 = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
-    "avx512_amx": f"{AVX512} -mamx-tile -mamx-bf16",
+    "avx512_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 ISAS = X86_64 if sysconfig.get_platform().endswith("-x86_64") else {"portable": ""}
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if "emulator" not in path.parts)
 KERNELS = [source for source in SOURCES if Path(source).match("csrc/cpu/*_kernel.cpp")]
-OF_AMX = ("csrc/cpu/projection_kernel.cpp", "csrc/cpu/peak_kernel.cpp")  # the rest is that of avx512
+NOT_OF_AMX = ("csrc/cpu/attention_backward_kernel.cpp",)  # which is that of avx512
 BINDINGS = "csrc/bindings.cpp"  # the only file that sees Python
 
 # Not -ffast-math: inf and NaN mean something here.
@@ -108,7 +108,7 @@ def write_ninja(build: Path) -> Path:
             compile_file(source, "", f"{have} {python_includes(build)}" if source == BINDINGS else have)
         for isa, isa_flags in found.items():
             defines = f"-DPYATTN_ISA={isa} -DPYATTN_ISA_{isa.upper()}=1"
-            for source in OF_AMX if isa == "avx512_amx" else KERNELS:
+            for source in sorted(set(KERNELS) - set(NOT_OF_AMX)) if isa == "avx512_amx" else KERNELS:
                 compile_file(source, f".{isa}", f"{isa_flags} {defines}")
         n.build(str(library), "link", objects)
     return library

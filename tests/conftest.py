@@ -64,10 +64,9 @@ class Engine(NamedTuple):
             )
 
 
-def _engines(attention: bool) -> list[Engine]:
-    """All that differ: the attention of avx512_amx is that of avx512."""
+def _engines() -> list[Engine]:
     isas: list[str | None] = [None] if cpu.unavailable() else list(cpu.available_isas())
-    return [Engine("cpu", isa) for isa in isas if not (attention and isa == "avx512_amx")]
+    return [Engine("cpu", isa) for isa in isas]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -88,8 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, others in (("engine", []), ("any_engine", [Engine("reference")])):
         if name in metafunc.fixturenames:
-            engines = _engines(attention=not metafunc.module.__name__.endswith("test_projection"))
-            metafunc.parametrize(name, engines + others, indirect=True, ids=str)
+            metafunc.parametrize(name, _engines() + others, indirect=True, ids=str)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

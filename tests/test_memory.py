@@ -48,7 +48,7 @@ def test_scratch_of_the_backward(engine, dtype):
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(("backward", "most"), [(False, 16), (True, 32)], ids=["forward", "backward"])
 def test_scratch_of_all_keys(engine, dtype, causal, backward, most):
-    if engine.isa != next(isa for isa in cpu.available_isas() if isa != "avx512_amx"):
+    if engine.isa != cpu.available_isas()[0]:
         pytest.skip("minutes without the widest vectors: test_scratch and test_scratch_of_the_backward hold these")
     assert scratch_mb(engine, dtype, backward=backward, causal=causal) <= most
 

@@ -5,6 +5,17 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
+
+namespace pyattn::PYATTN_ISA {
+namespace {
+#ifdef PYATTN_ISA_AVX512_AMX
+constexpr bool kHasAmx = true;
+#else
+constexpr bool kHasAmx = false;
+#endif
+}  // namespace
+}  // namespace pyattn::PYATTN_ISA
 
 #ifdef PYATTN_ISA_AVX512_AMX
 #include <immintrin.h>
@@ -38,16 +49,24 @@ class AmxTiles {
   AmxTiles& operator=(const AmxTiles&) = delete;
 };
 
-// c += A B for one or two tiles of rows and of columns, `steps` tiles deep. Strides are in bytes.
-template <bool kTwoRows, bool kTwoColumns>
+// c = A B, or with kAdd c += A B, for one or two tiles of rows and of columns, `steps` tiles deep. Strides are in
+// bytes.
+template <bool kAdd, bool kTwoRows, bool kTwoColumns>
 void amx_multiply(const char* a, int64_t a_row, const float* b, int64_t b_row, int steps, float* c, int64_t c_row) {
   float* lower = c + kAmxRows * c_row / 4;
   const char* a_lower = a + kAmxRows * a_row;
   order_memory(c);
-  _tile_loadd(0, c, c_row);
-  if (kTwoColumns) _tile_loadd(1, c + kAmxLanes, c_row);
-  if (kTwoRows) _tile_loadd(2, lower, c_row);
-  if (kTwoRows && kTwoColumns) _tile_loadd(3, lower + kAmxLanes, c_row);
+  if (kAdd) {
+    _tile_loadd(0, c, c_row);
+    if (kTwoColumns) _tile_loadd(1, c + kAmxLanes, c_row);
+    if (kTwoRows) _tile_loadd(2, lower, c_row);
+    if (kTwoRows && kTwoColumns) _tile_loadd(3, lower + kAmxLanes, c_row);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int s = 0; s < steps; ++s) {
     const float* words = b + s * kAmxWords * b_row / 4;
     _tile_loadd(4, a + s * 4 * kAmxWords, a_row);
@@ -70,41 +89,50 @@ void amx_multiply(const char* a, int64_t a_row, const float* b, int64_t b_row, i
   order_memory(c);
 }
 
-// c[rows][c_row] += A B: rows of A lie `a_row` bytes apart, B is in panels of `width` columns, `panel` floats from one
-// to the next. Each sum goes along the depth without a break. Whole tiles of columns are read and written.
-[[maybe_unused]] void amx_product(const char* a, int64_t a_row, int64_t rows, const float* b, int64_t panel, int width,
-                                  int64_t words, int64_t columns, float* c, int64_t c_row) {
-  const auto pass = [&](int64_t first_row, int64_t end_row, int rows0, int rows1, int64_t word, int depth, int steps) {
-    if (first_row == end_row || !steps) return;
-    const AmxTiles tiles(rows0, std::max(rows1, 1), depth);
-    for (int64_t i = first_row; i < end_row; i += 2 * kAmxRows) {
-      for (int64_t j = 0; j < columns; j += 2 * kAmxLanes) {
-        const char* left = a + i * a_row + 4 * word;
-        const float* right = b + j / width * panel + word * width + j % width;
-        const auto run = [&](auto multiply) {
-          multiply(left, a_row, right, 4 * width, steps, c + i * c_row + j, 4 * c_row);
-        };
-        const bool two_columns = j + kAmxLanes < columns;
-        if (rows1 && two_columns)
-          run(amx_multiply<true, true>);
-        else if (rows1)
-          run(amx_multiply<true, false>);
-        else if (two_columns)
-          run(amx_multiply<false, true>);
-        else
-          run(amx_multiply<false, false>);
-      }
+// A step of amx_product: tiles of rows [first_row, end_row), of which the last two have `rows0` and `rows1` rows.
+template <bool kAdd>
+void amx_pass(const char* a, int64_t a_row, const float* b, int64_t panel, int width, int64_t columns, float* c,
+              int64_t c_row, int64_t first_row, int64_t end_row, int rows0, int rows1, int depth, int steps) {
+  if (first_row == end_row) return;
+  const AmxTiles tiles(rows0, std::max(rows1, 1), depth);
+  for (int64_t i = first_row; i < end_row; i += 2 * kAmxRows) {
+    for (int64_t j = 0; j < columns; j += 2 * kAmxLanes) {
+      const auto run = [&](auto multiply) {
+        multiply(a + i * a_row, a_row, b + j / width * panel + j % width, 4 * width, steps, c + i * c_row + j,
+                 4 * c_row);
+      };
+      const bool two_columns = j + kAmxLanes < columns;
+      if (rows1 && two_columns)
+        run(amx_multiply<kAdd, true, true>);
+      else if (rows1)
+        run(amx_multiply<kAdd, true, false>);
+      else if (two_columns)
+        run(amx_multiply<kAdd, false, true>);
+      else
+        run(amx_multiply<kAdd, false, false>);
     }
+  }
+}
+
+// c[rows][c_row] = A B, or with kAdd += A B: rows of A lie `a_row` bytes apart, B is in panels of `width` columns,
+// `panel` floats from one to the next, `words` deep, at least one. Each sum goes along the depth without a break.
+// Whole tiles of columns are read and written.
+template <bool kAdd>
+void amx_product(const char* a, int64_t a_row, int64_t rows, const float* b, int64_t panel, int width, int64_t words,
+                 int64_t columns, float* c, int64_t c_row) {
+  const int64_t whole = rows / (2 * kAmxRows) * (2 * kAmxRows);
+  const int rest = static_cast<int>(rows - whole), rows0 = std::min(rest, kAmxRows);
+  const int steps = static_cast<int>(words / kAmxWords), depth = static_cast<int>(words % kAmxWords);
+  const auto along = [&](auto add, int64_t word, int depth, int steps) {
+    const char* left = a + 4 * word;
+    const float* right = b + word * width;
+    amx_pass<add()>(left, a_row, right, panel, width, columns, c, c_row, 0, whole, kAmxRows, kAmxRows, depth, steps);
+    amx_pass<add()>(left, a_row, right, panel, width, columns, c, c_row, whole, rows, rows0, rest - rows0, depth,
+                    steps);
   };
-  const int64_t whole_rows = rows / (2 * kAmxRows) * (2 * kAmxRows), whole_words = words / kAmxWords * kAmxWords;
-  const int rest = static_cast<int>(rows - whole_rows), rows0 = std::min(rest, kAmxRows);
-  const int steps = static_cast<int>(whole_words / kAmxWords), depth = static_cast<int>(words - whole_words);
-  const auto along = [&](int64_t word, int depth, int steps) {
-    pass(0, whole_rows, kAmxRows, kAmxRows, word, depth, steps);
-    pass(whole_rows, rows, rows0, rest - rows0, word, depth, steps);
-  };
-  along(0, kAmxWords, steps);
-  along(whole_words, depth, depth > 0);
+  if (steps) along(std::integral_constant<bool, kAdd>{}, 0, kAmxWords, steps);
+  if (depth && steps) along(std::true_type{}, words - depth, depth, 1);
+  if (depth && !steps) along(std::integral_constant<bool, kAdd>{}, 0, depth, 1);
 }
 
 }  // namespace

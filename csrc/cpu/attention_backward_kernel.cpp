@@ -107,7 +107,7 @@ struct Segment {
 template <bool kHasSecond>
 PYATTN_INLINE void store_ds_pair([[maybe_unused]] const Workspace& w, [[maybe_unused]] int key,
                                  [[maybe_unused]] int lane, [[maybe_unused]] vf first, [[maybe_unused]] vf second) {
-#ifdef PYATTN_ISA_AVX512_BF16
+#ifdef PYATTN_BF16_DOT
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(kHasSecond ? second : vf{}, first);
   bf16* half = w.ds_half + key * kBlockM + lane;
   _mm256_store_si256(reinterpret_cast<__m256i*>(half), _mm512_castsi512_si256(both));

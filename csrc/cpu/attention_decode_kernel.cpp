@@ -147,7 +147,7 @@ struct Values {
       __builtin_prefetch(next[w] + lane + j * kLanes, 0, 2);
       return load_unaligned(rows[w] + lane + j * kLanes);
     }
-#ifdef PYATTN_ISA_AVX512_BF16
+#ifdef PYATTN_BF16_DOT
     const int64_t first = (lane + j * kLanes) / (2 * kLanes) * 2 * kLanes;
     __builtin_prefetch(next[2 * w + j % 2] + first, 0, 2);
     const __m512i a = _mm512_loadu_si512(rows[2 * w] + first), b = _mm512_loadu_si512(rows[2 * w + 1] + first);

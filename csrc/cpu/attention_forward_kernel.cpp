@@ -11,30 +11,36 @@
 //
 // Float16, and bfloat16 where there is no bfloat16 dot product, are converted to float a segment at a time. With the
 // dot product, K and Q are read as pairs along d, and V is interleaved into pairs of keys, once for all the blocks of
-// a head that a thread takes; segments begin at even keys.
+// a head that a thread takes; segments begin at even keys. AMX reads these pairs transposed, and takes whole segments
+// at a time.
 #include <cmath>
 
 #include "../parallel.h"
 #include "../samples.h"
 #include "../scratch.h"
+#include "amx.h"
 #include "blocks.h"
 #include "dropout.h"
 
 namespace pyattn::PYATTN_ISA {
 namespace {
 
+constexpr int64_t kAcrossRow = kBlockN / 2 | kLanes;  // an odd number of cache lines
+
 // What one thread works in.
 struct Workspace {
-  float* q;        // [tile][query_words][kTileLanes]: the queries, transposed
-  float* s;        // [kBlockN][kTileLanes]: scores, then weights, of one tile
-  float* o;        // [tile][Dv rounded up][kTileLanes]: the output, transposed
-  float* bias;     // [kBlockN][kTileLanes]: attn_mask of one tile, transposed
-  float* k;        // [kBlockN][D]: keys converted to float
-  float* v;        // [kBlockN][Dv]: values converted to float, or interleaved in pairs
-  void* pages_k;   // [kBlockN][D]: keys gathered from pages
-  void* pages_v;   // [kBlockN][Dv]: values gathered from pages
-  float* v_pairs;  // [Lk / 2][Dv]: with the dot product, all values of the head interleaved in pairs
-  void* v_finite;  // [kBlockN][Dv]: values of which rows with NaN or inf are set to 0
+  float* q;         // [tile][query_words][kTileLanes]: the queries, transposed
+  float* s;         // [kBlockN][kTileLanes]: scores, then weights, of one tile
+  float* o;         // [tile][Dv rounded up][kTileLanes]: the output, transposed
+  float* bias;      // [kBlockN][kTileLanes]: attn_mask of one tile, transposed
+  float* k;         // [kBlockN][D]: keys converted to float
+  float* v;         // [kBlockN][Dv]: values converted to float, or interleaved in pairs
+  void* pages_k;    // [kBlockN][D]: keys gathered from pages
+  void* pages_v;    // [kBlockN][Dv]: values gathered from pages
+  float* v_pairs;   // [Lk / 2][Dv]: with the dot product, all values of the head interleaved in pairs; AMX: transposed
+  float* v_across;  // [Dv][kAcrossRow]: with AMX, the pairs of a segment transposed
+  void* v_finite;   // [kBlockN][Dv]: values of which rows with NaN or inf are set to 0
+  int64_t v_pairs_row;
   float* row_max;  // [kBlockM], in log2 units
   float* row_sum;  // [kBlockM]
   float* alpha;    // [kBlockM]: what earlier weights must be multiplied by, in registers it would crowd a tile
@@ -46,10 +52,13 @@ struct Workspace {
     o = carver.take<float>(round_up(p.Dv, kLanes) * kBlockM);
     bias = carver.take<float>(p.mask ? kBlockN * kTileLanes : 0);
     k = carver.take<float>(p.dtype == DType::f32 ? 0 : kBlockN * p.D);
-    v = carver.take<float>(p.dtype == DType::f32 ? 0 : kBlockN * p.Dv);
+    v = carver.take<float>(p.dtype == DType::f32 ? 0 : kBlockN * round_up(p.Dv, kLanes));
     pages_k = carver.take<float>(p.block_table ? kBlockN * p.D : 0);
     pages_v = carver.take<float>(p.block_table ? kBlockN * p.Dv : 0);
-    v_pairs = carver.take<float>(kHasBf16Dot && p.dtype == DType::bf16 && !p.block_table ? (p.Lk + 1) / 2 * p.Dv : 0);
+    const bool dot = kHasBf16Dot && p.dtype == DType::bf16;
+    v_pairs_row = kHasAmx ? round_up((p.Lk + 1) / 2, kLanes) | kLanes : p.Dv;
+    v_pairs = carver.take<float>(dot && !p.block_table ? (kHasAmx ? p.Dv : (p.Lk + 1) / 2) * v_pairs_row : 0);
+    v_across = carver.take<float>(kHasAmx && dot ? p.Dv * kAcrossRow : 0);
     v_finite = carver.take<float>(kBlockN * p.Dv);
     row_max = carver.take<float>(kBlockM);
     row_sum = carver.take<float>(kBlockM);
@@ -92,12 +101,7 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
       finish_scores<kIsDot, kVecs>(s + i * kTileLanes, kTileLanes, i, rows(), terms, largest);
     }
   });
-  HiddenRows& hidden = segment.v.hidden;
-  for (int n = 0; n < hidden.count; ++n) {
-    hidden.live[n] = 0;
-    for (int i = 0; i < kPanels * kPanel; ++i)
-      hidden.live[n] |= uint64_t{s[hidden.row[n] * kTileLanes + i] != -kInf} << i;
-  }
+  segment.v.hidden.note_live(s, kPanels * kPanel);
   softmax_step<kIsDot, kVecs>(s, segment.count, largest, w.row_max + lane, w.row_sum + lane, w.alpha + lane);
   if (dropout) drop_weights<kIsDot, kVecs>(dropout, query, segment.first, segment.count, s);
   const int rows_of_v = kIsDot ? (segment.count + 1) / 2 : segment.count;
@@ -107,9 +111,93 @@ __attribute__((noinline)) void tile_step(const AttentionParams& p, const Workspa
   });
 }
 
+#ifdef PYATTN_ISA_AVX512_AMX
+// The same by AMX.
+template <int kPanels, bool kPlain>
+__attribute__((noinline)) void amx_tile_step(const AttentionParams& p, const Workspace& w, const ScoreTerms& terms,
+                                             const Dropout& dropout, Segment& segment, int64_t query, int lane) {
+  constexpr int kVecs = kPanels * kPanelVecs, kColumns = kVecs * kLanes;
+  float* s = w.s + lane;
+  float* o = w.o + lane;
+  amx_product<false>(segment.k.data, segment.k.row_bytes, segment.count, w.q + lane, 0, kTileLanes, (p.D + 1) / 2,
+                     kColumns, s, kTileLanes);
+  vf largest[kVecs];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) largest[j] = broadcast(-kInf);
+  for (int r = 0; r < segment.count; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      float* score = s + r * kTileLanes + j * kLanes;
+      const vf x = load(score) * broadcast(terms.scale);
+      if (kPlain) largest[j] = max(largest[j], x);
+      store(score, x);
+    }
+  }
+  if (!kPlain) finish_scores<true, kVecs>(s, kTileLanes, 0, segment.count, terms, largest);
+  segment.v.hidden.note_live(s, kColumns);
+  softmax_step<true, kVecs>(s, segment.count, largest, w.row_max + lane, w.row_sum + lane, w.alpha + lane);
+  if (dropout) drop_weights<true, kVecs>(dropout, query, segment.first, segment.count, s);
+  for (int e = 0; e < p.Dv; ++e) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      float* out = o + e * kTileLanes + j * kLanes;
+      store(out, load(out) * load(w.alpha + lane + j * kLanes));
+    }
+  }
+  amx_product<true>(reinterpret_cast<const char*>(segment.v.data), 4 * segment.v.row, p.Dv, s, 0, kTileLanes,
+                    (segment.count + 1) / 2, kColumns, o, kTileLanes);
+}
+
+// `count` values as AMX reads them, of which those that hold NaN or inf are hidden where `masked`.
+void stage_across(const AttentionParams& p, const Workspace& w, Segment& segment, const bf16* value, int64_t stride,
+                  bool masked) {
+  KeyOperand& v = segment.v;
+  const int Dv = static_cast<int>(p.Dv);
+  v.hidden.count = 0;
+  if (masked) value = v.hidden.hide(value, stride, segment.count, Dv, w.v_finite);
+  if (!p.block_table && v.hidden.count == 0) {
+    v.data = w.v_pairs + segment.first / 2, v.row = w.v_pairs_row;
+    return;
+  }
+  const int64_t row = round_up(Dv, kLanes);
+  interleave_rows(value, stride, segment.count, Dv, w.v, row);
+  transpose_words(w.v, row, (segment.count + 1) / 2, Dv, w.v_across, kAcrossRow);
+  v.data = w.v_across, v.row = kAcrossRow;
+}
+
+// Keys [from, to) of the values of a head, interleaved in pairs and transposed, to w.v_pairs.
+void stage_all_across(const AttentionParams& p, const Workspace& w, const bf16* value, int64_t from, int64_t to) {
+  const int64_t stride = p.value_stride.l, row = round_up(p.Dv, kLanes);
+  for (int64_t key = from / (2 * kLanes) * (2 * kLanes); key < to; key += 2 * kLanes) {
+    interleave_rows(value + key * stride, stride, std::min<int64_t>(to - key, 2 * kLanes), p.Dv, w.v, row);
+    transpose_words(w.v, row, kLanes, p.Dv, w.v_pairs + key / 2, w.v_pairs_row);
+  }
+}
+
+// Rows of an odd number of elements, with a zero behind them.
+Rows stage_odd(const bf16* rows, int64_t stride, int count, int size, float* to) {
+  bf16* out = reinterpret_cast<bf16*>(to);
+  for (int r = 0; r < count; ++r, out += size + 1) {
+    std::memcpy(out, rows + r * stride, static_cast<size_t>(size) * sizeof(bf16));
+    out[size] = bf16{};
+  }
+  return {reinterpret_cast<const char*>(to), static_cast<int64_t>((size + 1) * sizeof(bf16))};
+}
+#endif
+
 template <bool kIsDot, int kPanels = kMaxPanels>
 PYATTN_INLINE void call_tile_step(int panels, const AttentionParams& p, const Workspace& w, const ScoreTerms& terms,
                                   const Dropout& dropout, Segment& segment, int64_t query, int lane) {
+#ifdef PYATTN_ISA_AVX512_AMX
+  if constexpr (kIsDot) {
+    if (panels == kPanels)
+      terms.any() ? amx_tile_step<kPanels, false>(p, w, terms, dropout, segment, query, lane)
+                  : amx_tile_step<kPanels, true>(p, w, terms, dropout, segment, query, lane);
+    else if constexpr (kPanels > 1)
+      call_tile_step<kIsDot, kPanels - 1>(panels, p, w, terms, dropout, segment, query, lane);
+    return;
+  }
+#endif
   if (panels == kPanels)
     terms.any() ? tile_step<kIsDot, kPanels, false>(p, w, terms, dropout, segment, query, lane)
                 : tile_step<kIsDot, kPanels, true>(p, w, terms, dropout, segment, query, lane);
@@ -156,7 +244,13 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
     segment.k = stage_rows(key, k_stride, count, D, w.k);
     const T* value = values.rows(first, count, Dv, w.pages_v, v_stride);
     const float* pairs = kDot<T> && !p.block_table ? w.v_pairs + first / 2 * Dv : nullptr;
-    segment.v.stage(value, v_stride, count, Dv, masked, pairs, w.v, w.v_finite);
+#ifdef PYATTN_ISA_AVX512_AMX
+    if constexpr (kDot<T>) {
+      if (D % 2) segment.k = stage_odd(key, k_stride, count, D, w.k);
+      stage_across(p, w, segment, value, v_stride, masked);
+    } else
+#endif
+      segment.v.stage(value, v_stride, count, Dv, masked, pairs, w.v, w.v_finite);
     for (int begin = 0; begin < ranges.live_lanes; begin += kTileLanes) {
       int lane = begin, end = min_int(begin + kTileLanes, ranges.live_lanes);
       ranges.narrow(first, count, lane, end);
@@ -209,10 +303,14 @@ void forward(const AttentionParams& p, const std::vector<AttentionParams>& sampl
     const KeyRanges ranges(sample);
     if constexpr (kDot<T>) {
       const int64_t from = ranges.row(0).lo / 2 * 2, to = even_end(ranges.row(sample.Lq - 1).hi, sample.Lk);
-      const int64_t stride = p.value_stride.l;
       const T* value = static_cast<const T*>(sample.value) + task.kv_head * p.value_stride.h;
+#ifdef PYATTN_ISA_AVX512_AMX
+      if (from < to && !p.block_table) stage_all_across(sample, w, value, from, to);
+#else
       if (from < to && !p.block_table)
-        interleave_rows(value + from * stride, stride, to - from, p.Dv, w.v_pairs + from / 2 * p.Dv, p.Dv);
+        interleave_rows(value + from * p.value_stride.l, p.value_stride.l, to - from, p.Dv,
+                        w.v_pairs + from / 2 * p.Dv, p.Dv);
+#endif
     }
     for (int64_t i = task.slice; i < group * blocks; i += task.slices)  // the long causal ones first
       forward_block<T>(sample, w, ranges, task.kv_head * group + i / blocks, (blocks - 1 - i % blocks) * kBlockM);

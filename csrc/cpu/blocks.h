@@ -84,6 +84,14 @@ struct HiddenRows {
     return copy;
   }
 
+  // Notes which of the first `lanes` lanes see each hidden row: those whose score is not -inf.
+  void note_live(const float* scores, int lanes) {
+    for (int n = 0; n < count; ++n) {
+      live[n] = 0;
+      for (int i = 0; i < lanes; ++i) live[n] |= uint64_t{scores[row[n] * kTileLanes + i] != -kInf} << i;
+    }
+  }
+
   // The weight of row r and a lane in the right operand of the product, of which `weights` are the rows.
   template <class T>
   static float weight(const float* weights, int64_t weights_row, int r, int lane) {

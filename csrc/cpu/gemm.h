@@ -18,16 +18,6 @@ constexpr int64_t kBlockRows = 384, kLeastRows = 48;  // the least where there a
 constexpr int64_t kBlockColumns = 512, kLeastColumns = 128;
 constexpr int64_t kDepth = 256;  // elements that are packed, and summed in one go: the error grows with their number
 
-#ifdef PYATTN_ISA_AVX512_AMX
-constexpr bool kHasAmx = true;
-#else
-constexpr bool kHasAmx = false;
-#endif
-
-// Whether the words of a product are pairs of elements.
-template <class T>
-constexpr bool kPairs = kDot<T> || (kHasAmx && std::is_same_v<T, bf16>);
-
 template <class T>
 PYATTN_INLINE T* element(const Matrix& m, int64_t row, int64_t column) {
   return static_cast<T*>(m.data) + row / m.L * m.stride_b + row % m.L * m.stride_l + column / m.D * m.stride_h +
@@ -49,23 +39,23 @@ inline bool is_plain(const Matrix& m, int64_t rows, int64_t columns) {
   return columns <= m.D && (rows <= m.L || m.stride_b == m.L * m.stride_l);
 }
 
-template <bool kIsPairs>
+template <class T>
 constexpr int64_t words_of(int64_t elements) {
-  return kIsPairs ? (elements + 1) / 2 : elements;
+  return kDot<T> ? (elements + 1) / 2 : elements;
 }
 
 // `count` elements of each of `rows` rows as words side by side, `out_row` floats a row.
-template <class T, bool kIsPairs = kPairs<T>>
+template <class T>
 void stage_along(const Matrix& m, int64_t first_row, int64_t rows, int64_t first, int64_t count, float* out,
                  int64_t out_row) {
   for (int64_t r = 0; r < rows; ++r, out += out_row) {
     for_runs<const T>(m, first_row + r, first, count, [&](const T* run, int64_t offset, int64_t n) {
-      if constexpr (kIsPairs)
+      if constexpr (kDot<T>)
         std::memcpy(reinterpret_cast<T*>(out) + offset, run, static_cast<size_t>(n) * sizeof(T));
       else
         convert_row(run, static_cast<int>(n), out + offset);
     });
-    if (kIsPairs && count % 2) reinterpret_cast<uint16_t*>(out)[count] = 0;
+    if (kDot<T> && count % 2) reinterpret_cast<uint16_t*>(out)[count] = 0;
   }
 }
 
@@ -74,33 +64,18 @@ void stage_along(const Matrix& m, int64_t first_row, int64_t rows, int64_t first
 template <class T>
 void stage_across(const Matrix& m, int64_t first_row, int64_t rows, int64_t first, int64_t count, int64_t width,
                   float* out, int64_t out_row, int64_t panel) {
-  for (int64_t r = 0; r < rows; r += kPairs<T> ? 2 : 1, out += out_row) {
+  for (int64_t r = 0; r < rows; r += kDot<T> ? 2 : 1, out += out_row) {
     for (int64_t c = 0; c < count; c += width) {
       float* to = out + c / width * panel;
       for_runs<const T>(
           m, first_row + r, first + c, std::min(width, count - c), [&](const T* run, int64_t offset, int64_t n) {
-            if constexpr (kPairs<T>) {
+            if constexpr (kDot<T>) {
               const T* next = r + 1 < rows ? element<const T>(m, first_row + r + 1, first + c + offset) : nullptr;
               interleave_pair(run, next, n, to + offset);
             } else {
               convert_row(run, static_cast<int>(n), to + offset);
             }
           });
-    }
-  }
-}
-
-// out[row][word] = in[word][row], in whole squares of lanes.
-[[maybe_unused]] void transpose_words(const float* in, int64_t in_row, int64_t words, int64_t rows, float* out,
-                                      int64_t out_row) {
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    for (int64_t w = 0; w < words; w += kLanes) {
-      vf block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(in + (w + i) * in_row + r);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes && r + i < rows; ++i) store(out + (r + i) * out_row + w, block[i]);
     }
   }
 }
@@ -153,22 +128,21 @@ struct Product {
 // Floats of B packed as a whole that lie before depth k, a multiple of kDepth or the end.
 template <class T>
 int64_t packed_floats(int64_t columns, int64_t k) {
-  return query_words<kPairs<T>>(k) * round_up(columns, kTileLanes);
+  return query_words<kDot<T>>(k) * round_up(columns, kTileLanes);
 }
 
 // Packs columns of B, [columns, depth], from depth k on.
 template <class T>
 void pack_columns(const Matrix& b, int64_t column, int64_t columns, int64_t k, int64_t depth, float* out) {
   const T* first = static_cast<const T*>(b.data) + column * b.stride_l + k;
-  pack_rows<T, kPairs<T>>([=](int n) { return first + n * b.stride_l; }, static_cast<int>(columns),
-                          static_cast<int>(depth), out);
+  pack_rows<T>([=](int n) { return first + n * b.stride_l; }, static_cast<int>(columns), static_cast<int>(depth), out);
 }
 
 // Calls done(c, c_row, first_row, rows, first_column, columns) with the sums of each block, floats that may be
 // overwritten. Blocks have whole multiples of `unit` columns, at least one.
 template <class T, bool kTransposeA, bool kTransposeB, class Done>
 void matrix_product(const Product& p, int64_t unit, int threads, const Done& done) {
-  constexpr bool kAmx = kHasAmx && kPairs<T>, kAcross = kTransposeA && !kAmx;  // the words of a row lie a row apart
+  constexpr bool kAmx = kHasAmx && kDot<T>, kAcross = kTransposeA && !kAmx;  // the words of a row lie a row apart
   if (!p.rows || !p.columns) return;
   const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
   int64_t block_rows = kBlockRows, block_columns = kBlockColumns;
@@ -179,9 +153,9 @@ void matrix_product(const Product& p, int64_t unit, int threads, const Done& don
   block_rows = round_up(blocks(p.rows, blocks(p.rows, block_rows)), kMaxRows);  // as even as they can be
   const int64_t row_blocks = blocks(p.rows, block_rows), column_blocks = blocks(p.columns, block_columns);
   const bool in_place =
-      !kTransposeA && (kPairs<T> ? p.depth % 2 == 0 : std::is_same_v<T, float>) && is_plain(p.a, p.rows, p.depth);
+      !kTransposeA && (kDot<T> ? p.depth % 2 == 0 : std::is_same_v<T, float>) && is_plain(p.a, p.rows, p.depth);
   const int64_t c_row = round_up(block_columns, kTileLanes);
-  const int64_t words = round_up(words_of<kPairs<T>>(std::min(kDepth, p.depth)), 16);
+  const int64_t words = round_up(words_of<T>(std::min(kDepth, p.depth)), 16);
   // An odd number of cache lines, lest the rows of a tile compete for the same lines of the cache.
   const int64_t across_row = round_up(block_rows, 16) | 16, a_row = kAcross ? across_row : words | 16;
   parallel_for(row_blocks * column_blocks, threads, [&](int64_t task) {
@@ -199,7 +173,7 @@ void matrix_product(const Product& p, int64_t unit, int threads, const Done& don
     carve(thread_scratch(carve(nullptr)));
     std::memset(c, 0, static_cast<size_t>(rows * c_row) * sizeof(float));
     for (int64_t k = 0; k < p.depth; k += kDepth) {
-      const int64_t depth = std::min(kDepth, p.depth - k), panel = query_words<kPairs<T>>(depth) * kTileLanes;
+      const int64_t depth = std::min(kDepth, p.depth - k), panel = query_words<kDot<T>>(depth) * kTileLanes;
       if constexpr (kTransposeB) {
         if (!p.packed) pack_columns<T>(p.b, j, columns, k, depth, b);
       } else {
@@ -215,21 +189,21 @@ void matrix_product(const Product& p, int64_t unit, int threads, const Done& don
       } else {
         if constexpr (kTransposeA) {
           stage_across<T>(p.a, k, depth, i, rows, rows, across, across_row, 0);
-          transpose_words(across, across_row, words_of<kPairs<T>>(depth), rows, a, a_row);
+          transpose_words(across, across_row, words_of<T>(depth), rows, a, a_row);
         } else {
           stage_along<T>(p.a, i, rows, k, depth, a, a_row);
         }
         left = {reinterpret_cast<const char*>(a), 4 * a_row, 4};
       }
       const float* panels = p.packed ? p.packed + packed_floats<T>(p.columns, k) + j / kTileLanes * panel : b;
-      const int64_t count = words_of<kPairs<T>>(depth);
+      const int64_t count = words_of<T>(depth);
 #ifdef PYATTN_ISA_AVX512_AMX
       if constexpr (kAmx) {
-        amx_product(left.data, left.row, rows, panels, panel, kTileLanes, count, columns, c, c_row);
+        amx_product<true>(left.data, left.row, rows, panels, panel, kTileLanes, count, columns, c, c_row);
         continue;
       }
 #endif
-      multiply_block<kPairs<T>>(left, rows, panels, panel, count, columns, c, c_row);
+      multiply_block<kDot<T>>(left, rows, panels, panel, count, columns, c, c_row);
     }
     done(c, c_row, i, rows, j, columns);
   });

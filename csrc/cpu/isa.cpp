@@ -23,16 +23,10 @@ bool may_use_amx() {
 const std::vector<CpuKernels>& available_kernels() {
   static const std::vector<CpuKernels> kernels = [] {
     std::vector<CpuKernels> list;
-#define PYATTN_KERNELS(ISA, ATTENTION)      \
-  CpuKernels{#ISA,                          \
-             ATTENTION::attention_forward,  \
-             ATTENTION::attention_backward, \
-             ISA::product,                  \
-             ISA::projection,               \
-             ISA::projection_backward,      \
-             ISA::rotary,                   \
-             ISA::pack_weight,              \
-             ISA::peak_gflops}
+#define PYATTN_KERNELS(ISA, BACKWARD)                                            \
+  CpuKernels{#ISA,         ISA::attention_forward, BACKWARD::attention_backward, \
+             ISA::product, ISA::projection,        ISA::projection_backward,     \
+             ISA::rotary,  ISA::pack_weight,       ISA::peak_gflops}
 #if defined(PYATTN_HAVE_AVX512) || defined(PYATTN_HAVE_AVX2)
     __builtin_cpu_init();
 #endif

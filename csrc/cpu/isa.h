@@ -17,8 +17,8 @@ constexpr int kDecodeQueries = 16;
 constexpr int kDecodeKeys = 64;
 
 // What every instruction set provides. `peak_gflops` measures the rate of multiply-adds of one thread, with
-// the bfloat16 dot product, or AMX, where `dtype` is bfloat16 and there is one. avx512_amx has projections of its own,
-// and the attention of avx512.
+// the bfloat16 dot product, or AMX, where `dtype` is bfloat16 and there is one. avx512_amx has the backward of
+// avx512.
 struct CpuKernels {
   const char* isa;
   void (*attention_forward)(const AttentionParams&, int threads);

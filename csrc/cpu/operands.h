@@ -35,9 +35,9 @@ PYATTN_INLINE int64_t query_words(int64_t D) {
 }
 
 // kLanes words: floats, or pairs of bfloat16 along the row.
-template <class T, bool kPairs = kDot<T>>
+template <class T>
 PYATTN_INLINE vf load_words(const T* row) {
-  if constexpr (kPairs)
+  if constexpr (kDot<T>)
     return load_unaligned(row);
   else
     return load_floats(row);
@@ -45,24 +45,24 @@ PYATTN_INLINE vf load_words(const T* row) {
 
 // Rows of queries, or of keys in the place of queries, transposed to [tile][word][lane]; words past the end and lanes
 // past `rows`, up to whole panels, are 0. row(i) points to row i.
-template <class T, bool kPairs = kDot<T>, class Row>
+template <class T, class Row>
 PYATTN_INLINE void pack_rows(const Row& row, int rows, int size, float* out) {
-  constexpr int kColumns = kLanes * (kPairs ? 2 : 1);  // of a square block of words
-  const int64_t words = query_words<kPairs>(size);
+  constexpr int kColumns = kLanes * (kDot<T> ? 2 : 1);  // of a square block of words
+  const int64_t words = query_words<kDot<T>>(size);
   for (int lane = 0; lane < round_up(rows, kPanel); lane += kLanes) {
     float* column = out + lane / kTileLanes * words * kTileLanes + lane % kTileLanes;
     for (int first = 0; first < size; first += kColumns, column += kLanes * kTileLanes) {
       vf block[kLanes];
       if (lane + kLanes <= rows && first + kColumns <= size) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = load_words<T, kPairs>(row(lane + i) + first);
+        for (int i = 0; i < kLanes; ++i) block[i] = load_words(row(lane + i) + first);
       } else {
         alignas(64) T padded[kColumns];
         const size_t bytes = static_cast<size_t>(min_int(kColumns, size - first)) * sizeof(T);
         for (int i = 0; i < kLanes; ++i) {
           for (int c = 0; c < kColumns; ++c) padded[c] = T{};
           if (lane + i < rows) std::memcpy(padded, row(lane + i) + first, bytes);
-          block[i] = load_words<T, kPairs>(padded);
+          block[i] = load_words(padded);
         }
       }
       transpose(block);
@@ -128,6 +128,21 @@ PYATTN_INLINE void interleave_pair(const bf16* a, const bf16* b, int64_t size, f
                                       int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += 2, out += out_stride)
     interleave_pair(in + r * stride, r + 1 < rows ? in + (r + 1) * stride : nullptr, size, out);
+}
+
+// out[row][word] = in[word][row], in whole squares of lanes.
+[[maybe_unused]] void transpose_words(const float* in, int64_t in_row, int64_t words, int64_t rows, float* out,
+                                      int64_t out_row) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t w = 0; w < words; w += kLanes) {
+      vf block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(in + (w + i) * in_row + r);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes && r + i < rows; ++i) store(out + (r + i) * out_row + w, block[i]);
+    }
+  }
 }
 
 // The first `rows` lanes of columns [size][kTileLanes], each times its factor, as rows of the tensor.

@@ -131,7 +131,7 @@ void few_products(const float* x, int64_t x_row, const T* weight, int64_t weight
     for (int n = 0; n < kFewWeights; ++n) words[n] = load_words(from[n] + at);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const vf other = load_unaligned(x + r * x_row + words_of<kDot<T>>(k));
+      const vf other = load_unaligned(x + r * x_row + words_of<T>(k));
 #pragma GCC unroll 4
       for (int n = 0; n < kFewWeights; ++n)
         sums[r * kFewWeights + n] = multiply_add<kDot<T>>(sums[r * kFewWeights + n], other, words[n]);
@@ -163,7 +163,7 @@ void call_few_products(int64_t rows, const float* x, int64_t x_row, const T* wei
 
 template <class T>
 void project_few(const ProjectionParams& p, int64_t all_columns, int threads) {
-  const int64_t words = round_up(words_of<kDot<T>>(p.depth), kLanes);
+  const int64_t words = round_up(words_of<T>(p.depth), kLanes);
   const int64_t block = needs_heads(p) ? std::max<int64_t>(kLeastColumns / p.D, 1) * p.D : kLeastColumns;
   parallel_for((all_columns + block - 1) / block, threads, [&](int64_t task) {
     const int64_t column = task * block, columns = std::min(block, all_columns - column);
@@ -176,7 +176,7 @@ void project_few(const ProjectionParams& p, int64_t all_columns, int threads) {
     };
     carve(thread_scratch(carve(nullptr)));
     std::memset(x, 0, static_cast<size_t>(p.rows * words) * sizeof(float));
-    stage_along<T, kDot<T>>(p.x, 0, p.rows, 0, p.depth, x, words);
+    stage_along<T>(p.x, 0, p.rows, 0, p.depth, x, words);
     for (int64_t n = 0; n < columns; n += kFewWeights) {
       const T* weight = static_cast<const T*>(p.weight) + (column + n) * p.weight_stride;
       for (int64_t r = 0; r < p.rows; r += kFewTile)

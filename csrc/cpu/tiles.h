@@ -67,7 +67,7 @@ class Softcap {
 
 template <bool kIsDot>
 PYATTN_INLINE vf multiply_add(vf c, vf a, vf b) {
-#ifdef PYATTN_ISA_AVX512_BF16
+#ifdef PYATTN_BF16_DOT
   if constexpr (kIsDot) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
 #endif
   return c + a * b;
@@ -75,12 +75,12 @@ PYATTN_INLINE vf multiply_add(vf c, vf a, vf b) {
 
 // Weights rounded for the dot product: as store_floats, but for subnormal numbers, which become 0.
 PYATTN_INLINE void store_weights([[maybe_unused]] bf16* p, [[maybe_unused]] vf x) {
-#ifdef PYATTN_ISA_AVX512_BF16
+#ifdef PYATTN_BF16_DOT
   _mm256_store_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
 #endif
 }
 
-#ifdef PYATTN_ISA_AVX512_BF16
+#ifdef PYATTN_BF16_DOT
 // Two halves of 16 bfloat16 become 16 pairs.
 PYATTN_INLINE vf interleave(__m512i halves) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
@@ -341,7 +341,7 @@ PYATTN_INLINE void softmax_step(float* s, int keys, const vf (&largest)[kVecs], 
     store(alpha + j * kLanes, exp2(before - shift[j]));
   }
   if constexpr (kIsDot) {
-#ifdef PYATTN_ISA_AVX512_BF16
+#ifdef PYATTN_BF16_DOT
     for (int r = 0; r < keys; r += 2) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {

@@ -1,7 +1,8 @@
 """The C++ kernels of ``pyattn._native``: one source, compiled for several instruction sets.
 
 ``PYATTN_CPU_ISA`` (avx512_amx, avx512_bf16, avx512, avx2 or portable) forces one; without it the best that the
-processor runs is taken. avx512_amx is avx512 with bfloat16 projections by AMX. torch's thread count is obeyed.
+processor runs is taken. avx512_amx has bfloat16 products of projections and of the
+forward by AMX, and the backward of avx512. torch's thread count is obeyed.
 """
 
 from __future__ import annotations
