@@ -11,14 +11,15 @@ namespace {
 
 constexpr int kChains = 12;  // independent accumulators: enough to hide the latency, few enough for 16 registers
 
-// The best rate of a few runs of `round`, of so many operations.
-template <class Round>
-double best_gflops(double flops, const Round& round) {
-  constexpr int kRounds = 200000;
+constexpr int kRounds = 200000;
+
+// The best rate of a few runs of kRounds rounds, each of so many operations.
+template <class Run>
+double best_gflops(double flops, const Run& run) {
   double best = 0;
   for (int repeat = 0; repeat < 20; ++repeat) {
     const auto begin = std::chrono::steady_clock::now();
-    for (int i = 0; i < kRounds; ++i) round();
+    run();
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     const double rate = 1e-9 * flops * kRounds / seconds.count();
     best = rate > best ? rate : best;
@@ -28,12 +29,14 @@ double best_gflops(double flops, const Round& round) {
 
 template <class Step>
 double gflops(int flops_per_lane, const Step& step) {
-  vf c[kChains] = {};
-  return best_gflops(flops_per_lane * kLanes * kChains, [&]() __attribute__((always_inline)) {
+  return best_gflops(flops_per_lane * kLanes * kChains, [&] {
+    vf c[kChains] = {};
+    for (int round = 0; round < kRounds; ++round) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i) {
-      c[i] = step(c[i]);
-      hide(c[i]);
+      for (int i = 0; i < kChains; ++i) {
+        c[i] = step(c[i]);
+        hide(c[i]);
+      }
     }
   });
 }
@@ -55,10 +58,12 @@ double peak_gflops(DType dtype) {
     _tile_zero(6);
     _tile_zero(7);
     return best_gflops(4.0 * 4 * kAmxRows * kAmxLanes * kAmxWords, [] {
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      for (int round = 0; round < kRounds; ++round) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
     });
   }
 #endif
