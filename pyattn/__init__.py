@@ -12,6 +12,7 @@ from pyattn.functional import (
     scaled_dot_product_attention,
 )
 from pyattn.log import logging
+from pyattn.merging import merge_attention
 from pyattn.projection import Rotary, apply_rotary, explain_projection, output_projection, qkv_projection
 
 flops.register()
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "explain_projection",
     "logging",
+    "merge_attention",
     "naive_attention",
     "nn",
     "output_projection",
