@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pyattn import flops, nn
+from pyattn.decoding import attention_with_kv_cache
 from pyattn.dispatch import SlowPathWarning
 from pyattn.functional import (
     attention,
@@ -11,6 +12,7 @@ from pyattn.functional import (
     naive_attention,
     scaled_dot_product_attention,
 )
+from pyattn.kv_cache import KVCache
 from pyattn.log import logging
 from pyattn.merging import merge_attention
 from pyattn.projection import Rotary, apply_rotary, explain_projection, output_projection, qkv_projection
@@ -22,11 +24,13 @@ except PackageNotFoundError:  # a clone on sys.path, never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "KVCache",
     "Rotary",
     "SlowPathWarning",
     "apply_rotary",
     "attention",
     "attention_varlen",
+    "attention_with_kv_cache",
     "explain",
     "explain_projection",
     "logging",

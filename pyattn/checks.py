@@ -135,6 +135,19 @@ def check_per_sample(name: str, x: Any, query: Tensor, batch: int) -> None:
     check_shape(name, x, (batch,), "[B]")
 
 
+def check_numbers(name: str, x: Any, batch: int) -> list[int]:
+    """One int for each sample, wherever they come from; waits for a device that holds them."""
+    if isinstance(x, Tensor):
+        check_tensor(name, x, INDEX_DTYPES)
+        check_shape(name, x, (batch,), "[B]")
+        return x.tolist()
+    if not isinstance(x, (list, tuple)):
+        raise TypeError(f"{name} must be a tensor, list or tuple of ints, got {type(x).__name__}")
+    if len(x) != batch:
+        raise ValueError(f"{name} must hold one number for each of the {batch} samples, got {len(x)}")
+    return [check_int(name, n) for n in x]
+
+
 def check_cu_seqlens(name: str, x: Any, query: Tensor, batch: int | None) -> None:
     check_tensor(name, x, (torch.int32,), query)
     if x.dim() != 1 or x.shape[0] < 1 or (batch is not None and x.shape[0] != batch + 1):
@@ -240,3 +253,9 @@ def check_positions(positions: Tensor, max_pos: int) -> None:
     """Rows of the rotary tables, where they can be read without synchronising."""
     if positions.device.type == "cpu" or CHECK_DEVICE_VALUES:
         _within("positions", positions, 0, max_pos - 1, "the rows of the rotary tables")
+
+
+def check_slots(name: str, slots: Tensor, total: int) -> None:
+    """Places in a cache or among new tokens, where they can be read without synchronising."""
+    if slots.device.type == "cpu" or CHECK_DEVICE_VALUES:
+        _within(name, slots, 0, total - 1, "the places there are")

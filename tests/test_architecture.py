@@ -31,6 +31,7 @@ LEVELS = {
     "ops": 4,
     "projection_ops": 4,
     "kv_cache_ops": 4,
+    "kv_cache_state": 4,
     "functional": 5,
     "projection": 5,
     "merging": 5,
