@@ -46,10 +46,7 @@ def _turn(
                 raise ValueError(f"query must have at most the tokens that the cache has seen, got {L} without a key")
             positions = cache.positions(L) - L
         else:
-            positions = cache.positions(L)
-            if any(count != L for count in append.counts):  # what does not count may lie beyond the tables
-                counts = append.span.tensors[2] - cache.seen
-                positions = torch.where(torch.arange(L, device=cache.device) < counts[:, None], positions, 0)
+            positions = cache.positions(L, append.counts)
         needed = max(cache.span.seen if append is None else append.span.seen, default=0)
         if isinstance(rotary, Rotary) and isinstance(rotary.cos, Tensor) and rotary.cos.shape[:1] < (needed,):
             raise ValueError(f"rotary must have at least {needed} positions, got {rotary.cos.shape[0]}")

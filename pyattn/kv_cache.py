@@ -169,11 +169,31 @@ class KVCache:
             f"max_length={self.max_length}, page_size={self.page_size}, live={live}, seen={self.span.seen})"
         )
 
-    def positions(self, length: int) -> Tensor:
-        """int64 ``[B, length]``: of each sample the positions of the next tokens, for rotary."""
+    def positions(self, length: int, lengths: Ints | None = None) -> Tensor:
+        """int64 ``[B, length]``: of each sample the positions of the next tokens, for rotary.
+
+        Of the tokens that do not count, past ``lengths`` as in ``append``, it is 0.
+        """
         if checks.check_int("length", length) < 0:
             raise ValueError(f"length must be at least 0, got {length}")
-        return self.seen.to(torch.int64)[:, None] + torch.arange(length, device=self.device)
+        steps = torch.arange(length, device=self.device)
+        positions = self.seen.to(torch.int64)[:, None] + steps
+        if lengths is None:
+            return positions
+        counts = self._index(torch.tensor(self._counts(length, lengths), dtype=torch.int64, device="cpu"))
+        return torch.where(steps < counts[:, None], positions, 0)
+
+    def text_length(self, length: int, lengths: Ints | None = None) -> int:
+        """Tokens of the longest text, once ``length`` more have come, or of each sample ``lengths``."""
+        counts = self._counts(length, lengths)
+        return max((n + count for n, count in zip(self.span.seen, counts, strict=True)), default=0)
+
+    def _counts(self, length: int, lengths: Ints | None) -> list[int]:
+        """How many of the next ``length`` tokens each sample gets."""
+        counts = [length] * self.batch if lengths is None else checks.check_numbers("lengths", lengths, self.batch)
+        if any(not 0 <= count <= length for count in counts):
+            raise ValueError(f"lengths must lie in [0, {length}] (the new tokens), got {counts}")
+        return counts
 
     def _spanning(self, starts: list[int], lengths: list[int], seen: list[int]) -> Span:
         with torch.inference_mode(False):
@@ -206,11 +226,8 @@ class KVCache:
                 raise NotImplementedError(
                     f"{name} must not require a gradient, which a cache does not pass on: append under torch.no_grad()"
                 )
-        L = key.shape[2]
         checks.check_shape("value", value, (*key.shape[:3], self.v_head_dim), "[B, Hkv, L, Dv] with key's L")
-        counts = [L] * self.batch if lengths is None else checks.check_numbers("lengths", lengths, self.batch)
-        if any(not 0 <= count <= L for count in counts):
-            raise ValueError(f"lengths must lie in [0, {L}] (the tokens of key), got {counts}")
+        counts = self._counts(key.shape[2], lengths)
         shifts = self._shifts(counts)
         starts = [start - shift for start, shift in zip(self.span.starts, shifts, strict=True)]
         firsts = [length - shift for length, shift in zip(self.span.lengths, shifts, strict=True)]

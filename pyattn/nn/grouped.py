@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyattn import checks
+from pyattn.decoding import attention_with_kv_cache
 from pyattn.functional import Window
+from pyattn.kv_cache import Ints, KVCache
 from pyattn.nn import implementations
 from pyattn.nn.implementations import Implementation
 from pyattn.nn.norm import RMSNorm
@@ -136,6 +138,25 @@ class GroupedQueryAttention(Prepackable):
         eps = None if norm is None else norm.eps
         return torch.finfo(dtype).eps if eps is None else eps  # torch's default
 
+    def _check_cache(self, cache: Any, x: Tensor, residual: Any, dropout_p: float) -> None:
+        """What would be refused after the cache has changed, and what no cache goes with."""
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a pyattn.KVCache, got {type(cache).__name__}")
+        if self.attention != "pyattn":
+            raise NotImplementedError(f'cache must come with attention="pyattn", got {self.attention!r}')
+        if dropout_p:
+            raise NotImplementedError(f"cache must come without dropout, got {dropout_p} in training")
+        sizes = (cache.batch, cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
+        if sizes != (x.shape[0], self.num_kv_heads, self.head_dim, self.head_dim):
+            raise ValueError(
+                f"cache must have {x.shape[0]} samples, {self.num_kv_heads} heads and the head dim {self.head_dim}, "
+                f"got {cache}"
+            )
+        if residual is not None:
+            dtypes = checks.FLOAT_DTYPES if checks.autocasts(x) else (x.dtype,)
+            checks.check_tensor("residual", residual, dtypes, x, "x")
+            checks.check_shape("residual", residual, tuple(x.shape), "[B, L, E]")
+
     def extra_repr(self) -> str:
         return (
             f"{self.embed_dim}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, "
@@ -149,50 +170,65 @@ class GroupedQueryAttention(Prepackable):
         *,
         positions: Tensor | None = None,
         residual: Tensor | None = None,
+        cache: KVCache | None = None,
+        lengths: Ints | None = None,
     ) -> Tensor:
         """Attention of each token over those that it may see.
+
+        With a cache x is what follows the tokens in it, and is added to them: ``pyattn.attention_with_kv_cache``. That
+        needs ``torch.no_grad``, and evaluation if there is dropout. Keys stay turned as they were when they came, which
+        dynamic rotary scaling would have otherwise once a text is longer than the original length.
 
         Args:
             x: ``[B, L, E]``, of the parameters' dtype.
             attn_mask: as of ``pyattn.attention``, broadcastable to ``[B, Hq, L, L]``: bool (True: attend) or float
-                (added; differentiable). Combines with ``is_causal`` and ``window``.
-            positions: int32 or int64 ``[L]`` or ``[B, L]``, the tokens' positions for rotary; None for 0 to L - 1.
+                (added; differentiable). Combines with ``is_causal`` and ``window``. With a cache its columns are the
+                cache's buffer indices.
+            positions: int32 or int64 ``[L]`` or ``[B, L]``, the tokens' positions for rotary; None for 0 to L - 1, or
+                with a cache for those that follow what it has ``seen``.
             residual: ``[B, L, E]``, added to the output.
+            cache: this module's own ``pyattn.KVCache``, of B samples, Hkv heads and head dim D; changed in place.
+            lengths: how many tokens of x each sample of the cache gets, the first ones; None for all. What comes out of
+                the others means nothing.
 
         Returns:
             ``[B, L, E]`` in the dtype of x.
 
         Raises:
-            TypeError, ValueError: naming the argument.
+            TypeError, ValueError: naming the argument; the cache is full.
+            NotImplementedError: a cache with gradients, dropout or an ``attention`` other than "pyattn".
         """
         checks.check_tensor("x", x, checks.FLOAT_DTYPES)
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must have shape [B, L, E] with E = {self.embed_dim}, got {list(x.shape)}")
         self._check_parts()
+        dropout_p = float(self.dropout) if self.training else 0.0
+        length = x.shape[1]
+        if cache is not None:
+            self._check_cache(cache, x, residual, dropout_p)
+            if self.rotary is not None:
+                length = cache.text_length(length, lengths)
+                positions = cache.positions(x.shape[1], lengths) if positions is None else positions
+        elif lengths is not None:
+            raise ValueError("lengths must come with cache, got no cache")
         q, k, v = implementations.project(
             self.attention,
             x,
             self.qkv_proj.weight,
             self.qkv_proj.bias,
             (self.num_heads, self.num_kv_heads, self.num_kv_heads),
-            None if self.rotary is None else self.rotary(x.shape[1]),
+            None if self.rotary is None else self.rotary(length),
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             self._eps(x.dtype),
             positions,
             self._packed("qkv_proj.weight", x),
         )
-        out = implementations.attend(
-            self.attention,
-            q,
-            k,
-            v,
-            causal=self.is_causal,
-            window=self.window,
-            softcap=self.softcap,
-            scale=self.scale,
-            attn_mask=attn_mask,
-            dropout_p=float(self.dropout) if self.training else 0.0,
-        )
+        shared: dict[str, Any] = {"causal": self.is_causal, "window": self.window, "softcap": self.softcap}
+        shared |= {"scale": self.scale, "attn_mask": attn_mask}
+        if cache is None:
+            out = implementations.attend(self.attention, q, k, v, dropout_p=dropout_p, **shared)
+        else:
+            out = attention_with_kv_cache(q, cache, k, v, lengths=lengths, **shared)
         packed = self._packed("out_proj.weight", x)
         return implementations.output(self.attention, out, self.out_proj.weight, self.out_proj.bias, residual, packed)
