@@ -286,7 +286,7 @@ class KVCache:
             if shift and self._pages is not None:
                 self._pages.drop(b, shift // self._pages.page_size)
                 self._write_table(b, 0)
-            elif shift:  # to the front, piece by piece: what is overwritten has been moved already
+            elif shift:  # to the front, piece by piece: what is overwritten has moved already, or is in the clone
                 for i in range(starts[b], lengths[b], _MOST_MOVED):
                     piece = slice(i, min(i + _MOST_MOVED, lengths[b]))
                     for buffer in (self.key, self.value):

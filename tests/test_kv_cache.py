@@ -332,6 +332,20 @@ def test_a_sliding_window_of_a_text_of_any_length(max_length, page_size):
     torch.testing.assert_close(torch.cat(outs, 2), whole)
 
 
+@by_layout
+@pytest.mark.parametrize("indices", [[1, 0, 2], [2, 2, 1], [1, 1, 1]], ids=str)
+def test_samples_of_other_lengths_change_places(indices, page_size):
+    cache, model = cache_of(3, page_size=page_size), cache_model.Model(3)
+    _, k, v = tokens(3, 30)
+    cache.append(k, v, lengths=[30, 4, 11])
+    model.append(k, v, [30, 4, 11])
+    for change in (lambda x: x.evict(6), lambda x: x.reorder(indices)):
+        change(cache)
+        change(model)
+        cache_model.poison(cache)
+        cache_model.check(cache, model)
+
+
 def test_moves_of_more_than_a_piece(monkeypatch):
     monkeypatch.setattr(pyattn.kv_cache, "_MOST_MOVED", 3)
     for evicted in (1, 2, 3, 10):

@@ -204,6 +204,15 @@ def test_a_full_buffer(page_size):
     assert cache.seen.tolist() == [11, 10]
 
 
+def test_indices_stay_as_long_as_they_can():
+    cache = filled()
+    cache.evict(2)
+    cache.append(z(2, HKV, 5, D), z(2, HKV, 5, DV))
+    assert [cache.starts.tolist(), cache.lengths.tolist()] == [[3, 1], [10, 8]]
+    cache.append(z(2, HKV, 1, D), z(2, HKV, 1, DV))
+    assert [cache.starts.tolist(), cache.lengths.tolist()] == [[0, 1], [8, 9]]
+
+
 def test_exhausted_pages():
     """The last sample does not fit, though the ones before it would; nothing is written until there is room again."""
     cache = filled(4, num_pages=5)
@@ -322,6 +331,10 @@ def test_inference_mode(page_size):
     with torch.inference_mode():
         cache.truncate([5, 3])
         assert torch.equal(pyattn.attention_with_kv_cache(z(2, HQ, 4, D), cache, K, V), outside)
+    if page_size is None:
+        query = torch.randn(2, HQ, 4, D, requires_grad=True)
+        pyattn.attention_with_kv_cache(query, cache).sum().backward()
+        assert query.grad.any()
 
 
 def test_autocast_leaves_the_cache_its_dtype():
@@ -413,6 +426,8 @@ def test_a_state_is_a_copy():
     state = cache.state_dict()
     cache.key.fill_(7)
     assert not (state["key"] == 7).any()
+    state["lengths"].fill_(0)
+    assert cache.lengths.tolist() == [5, 3]
 
 
 @pytest.mark.parametrize(
