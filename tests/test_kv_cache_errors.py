@@ -189,6 +189,29 @@ def test_what_has_been_evicted_cannot_be_brought_back(page_size):
     refuses(cache, ValueError, message, lambda: cache.truncate([2, 3]))
 
 
+@by_layout
+def test_what_does_not_count_needs_no_angle(page_size):
+    """Nor does it look beyond the tables: samples with 5 and 3 tokens get 2 and 4 more, which makes 7."""
+    angles = torch.randn(7, 4)
+    rotary = pyattn.Rotary(angles.cos(), angles.sin())
+    cache = filled(page_size)
+    q = torch.randn(2, HQ, 4, D)
+    out = pyattn.attention_with_kv_cache(q, cache, K, V, lengths=[2, 4], rotary=rotary)
+    assert out.isfinite().all()
+    message = "rotary must have at least 8 positions, got 7"
+    one = q[:, :, :1], cache, K[:, :, :1], V[:, :, :1]
+    refuses(cache, ValueError, message, lambda: pyattn.attention_with_kv_cache(*one, rotary=rotary))
+
+
+def test_the_backend_that_is_named_computes(monkeypatch):
+    def forward(spec, tensors):
+        raise AssertionError("the reference was called")
+
+    monkeypatch.setattr(pyattn.reference, "forward", forward)
+    with pytest.raises(AssertionError, match="the reference was called"):
+        pyattn.attention_with_kv_cache(z(2, HQ, 4, D), filled(), K, V, backend="reference")
+
+
 # ---- full --------------------------------------------------------------------------------------------------
 
 

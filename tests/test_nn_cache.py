@@ -95,6 +95,17 @@ def test_masks_and_positions_are_passed_on():
             torch.testing.assert_close(out[:, i], alone)
 
 
+def test_a_text_that_outgrows_the_rotary_tables():
+    module, cache = module_of(rotary=RotaryEmbedding(D, 5)), cache_of()
+    with torch.no_grad():
+        module(torch.randn(2, 4, E).double(), cache=cache)
+        before = cache_model.snapshot(cache)
+        with pytest.raises(ValueError, match="length must be at most max_positions = 5, got 6"):
+            module(torch.randn(2, 2, E).double(), cache=cache)
+        assert cache_model.snapshot(cache) == before
+        module(torch.randn(2, 2, E).double(), cache=cache, lengths=[1, 0])
+
+
 @pytest.mark.parametrize(
     ("error", "message", "arguments", "call"),
     [
