@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import pyattn
+from pyattn.testing import assert_close, emulations_and_truth
 
 
 class Model:
@@ -102,3 +103,23 @@ def turned(x, rotary, seen, counts):
             position = torch.tensor([seen[b] + i])
             x[b : b + 1, :, i : i + 1] = pyattn.apply_rotary(one, one, rotary, position)[0]
     return x
+
+
+class Results:
+    """Outputs of several calls, held to the rule of ``pyattn.testing`` together: few values are a matter of luck."""
+
+    def __init__(self):
+        self.found = []
+
+    def add(self, out, lse, kwargs):
+        if out.dtype == torch.float64:  # the reference's own dtype has no emulation
+            expected = pyattn.attention(**kwargs, return_lse=True, backend="reference")
+            torch.testing.assert_close((out, lse), expected)
+        else:
+            self.found.append(({"out": out, "lse": lse}, *emulations_and_truth(kwargs)))
+
+    def check(self):
+        for name in ("out", "lse") if self.found else ():
+            actual, truth = (torch.cat([x[i][name].flatten(0, 2) for x in self.found]) for i in (0, 2))
+            emulated = [torch.cat([e[i][name].flatten(0, 2) for _, e, _ in self.found]) for i in range(3)]
+            assert_close(actual, emulated, truth, name)
