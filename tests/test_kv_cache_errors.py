@@ -187,6 +187,8 @@ def test_what_has_been_evicted_cannot_be_brought_back(page_size):
     cache.evict(2)
     message = re.escape("lengths must lie between the cache's starts [3, 1] and lengths [5, 3], got [2, 3]")
     refuses(cache, ValueError, message, lambda: cache.truncate([2, 3]))
+    cache.evict(4)
+    assert cache.starts.tolist() == [3, 1]
 
 
 @by_layout
