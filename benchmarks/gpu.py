@@ -39,7 +39,8 @@ from pyattn import compare, dispatch, measure
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TESTS = {"triton": ["tests/test_triton.py", "tests/test_triton_projection.py"], "cuda": ["tests/test_cuda.py"]}
-SHARED_TESTS = "tests/test_gpu_backends.py"  # their names say of which backend they are
+# Their names say of which backend they are.
+SHARED_TESTS = ("tests/test_gpu_backends.py", "tests/test_kv_cache_gpu.py")
 SANITIZERS = {"triton": ("memcheck",), "cuda": ("memcheck", "racecheck")}
 # A test of every kernel, with masks, pages, packed sequences and sizes that fill no tile.
 SMOKE = "(test_small or test_case) and (gqa or everything or family)"
@@ -175,7 +176,7 @@ def run_check(backend: str) -> None:
     parallel = ["-n", str(measure.physical_cores())] if importlib.util.find_spec("xdist") else []
     commands = [
         *([sanitizer, "--tool", tool, "--error-exitcode", "1", *smoke] for tool in SANITIZERS[backend]),
-        [*pytest, *parallel, "-k", backend, *TESTS[backend], SHARED_TESTS],
+        [*pytest, *parallel, "-k", backend, *TESTS[backend], *SHARED_TESTS],
     ]
     for command in commands:
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if command[0] == sanitizer else {}
