@@ -64,6 +64,7 @@ _PRODUCT_INTERPRETER: tuple[tuple[int, ...], ...] = ((64, 64, 32, 4, 1),)
 FEW_PROGRAMS = 128  # about one a multiprocessor: with fewer, smaller tiles are taken
 RESIDUAL_ELEMENTS = 128 * 128  # of a tile with a residual
 ROWS_ELEMENTS = 4096  # of a tile of the kernels that only read and write
+MOST_ROWS = 64  # of such a tile: a sum over tokens is rounded less in parts
 
 
 def product_tiles(arch, dtype, rows, columns, spec, plain, residual):
@@ -106,7 +107,7 @@ def whole_heads(tiles, spec, head_dim):
 def rows_tiles(head_dim):
     """Tiles for the kernels that have no product: one head each."""
     width = block_dim(head_dim)
-    return ProjectionTiles(max(1, ROWS_ELEMENTS // width), width, 0, num_warps=4, num_stages=1)
+    return ProjectionTiles(max(1, min(MOST_ROWS, ROWS_ELEMENTS // width)), width, 0, num_warps=4, num_stages=1)
 
 
 # ---- kernels ------------------------------------------------------------------------------------------------
