@@ -148,7 +148,7 @@ __attribute__((noinline)) void amx_tile_step(const AttentionParams& p, const Wor
                     (segment.count + 1) / 2, kColumns, o, kTileLanes);
 }
 
-// `count` values as AMX reads them, of which those that hold NaN or inf are hidden where `masked`.
+// The segment's values as AMX reads them, of which those that hold NaN or inf are hidden where `masked`.
 void stage_across(const AttentionParams& p, const Workspace& w, Segment& segment, const bf16* value, int64_t stride,
                   bool masked) {
   KeyOperand& v = segment.v;
