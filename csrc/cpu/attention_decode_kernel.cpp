@@ -1,18 +1,20 @@
 // Attention of few queries against many keys: what decoding with a KV cache does, and what it costs is reading K and V.
 //
-// The queries of all query heads that share a key head are the `rows`, so each key and value is read from memory once.
-// The keys are split into chunks of kChunk; the chunks of a head are merged by their maxima and sums in rising order,
-// whoever computes them (pipeline.h): the bits do not depend on the number of threads. A chunk is three passes, so that
-// memory sees two long streams, of keys and of values:
+// The queries of all query heads that share a key head read its keys once. The keys are split into chunks of kChunk;
+// the chunks of a head are merged by their maxima and sums in rising order, whoever computes them (pipeline.h): the
+// bits do not depend on the number of threads. A chunk is three passes:
 //
-//   scores    for few rows lanes are the elements of a head: kLanes keys by one row, then the sums over the lanes of
-//   all
-//             of them; for more, lanes are keys, transposed as the forward transposes queries
+//   scores    for few queries lanes are the elements of a head: each key times all queries, in the order of memory,
+//   then
+//             the sums over the lanes of kLanes keys at a time; for more, lanes are keys, transposed as the forward
+//             transposes queries
 //   softmax   of the whole chunk
-//   outputs   lanes are the elements of a value: kMaxRows rows by 4 vectors in registers
+//   outputs   lanes are the elements of a value
 //
-// Keys and values are taken kStep at a time and addressed one by one, so pages (block_table) are read where they lie.
-// What is not made of whole vectors of floats, or of bfloat16 for the dot product, is converted or padded first.
+// Processors fetch ahead what is read in the order of memory, and nothing else as fast. So where the heads of a key lie
+// side by side, as in a page, a thread takes them together, a step of keys after the other; of the next page it asks
+// for the beginning, the processor does the rest. Keys are read where they lie (block_table), in runs of neighbours;
+// only what is not made of whole vectors is copied and padded.
 #include <cmath>
 
 #include "../pipeline.h"
@@ -25,8 +27,15 @@ namespace {
 
 constexpr int kChunk = 1024;
 constexpr int kStep = 64;
+constexpr int kRun = 16;                   // keys of a run at the most, where there are few queries
 constexpr int kRow = kChunk + 2 * kPanel;  // of scores: rows a power of two apart would share a set of the cache
-constexpr int kFewRows = 4;                // up to so many, transposing the keys costs more than it saves
+constexpr int kFewRows = 8;                // queries up to which transposing the keys costs more than it saves
+constexpr int kFewRowsAtOnce = 4;
+constexpr int kRowsTogether = 64;  // of all heads that are taken together: their scores stay in the cache
+constexpr int kAccumulators = kLanes == 16 ? 24 : 12;
+
+template <class T>
+constexpr int kElements = kDot<T> ? 2 * kLanes : kLanes;  // of a vector of words
 
 // An online softmax under way: maxima in log2 units, sums, and outputs not yet divided by them.
 struct Partial {
@@ -36,15 +45,16 @@ struct Partial {
 };
 
 struct Workspace {
-  int rows;          // queries of all heads that share a key head, at the most
+  int rows;          // queries of the key heads that are taken together, at the most
   int64_t q_row;     // elements of a row of q: D in whole vectors
   int64_t o_row;     // floats of a row of the output: Dv in whole vectors
   void* q;           // [rows][q_row]: the queries, padded with zeros
   float* s;          // [rows][kRow]: scores, then weights
   bf16* half;        // [rows][kRow]: the weights, with the dot product
-  float* k;          // [kStep][q_row]: keys converted to float, or padded
-  float* v;          // [kStep][o_row]: values converted to float, or padded
-  void* zeros;       // stands for a row that must not be read
+  void* copies;      // [kStep][q_row or o_row]: keys, or values, that are padded
+  float* k;          // [kStep][q_row]: keys transposed
+  vf* sums;          // [kFewRows][kRun]: scores that are still to be summed over their lanes
+  void* zeros;       // stands for a row that there is none of
   int32_t *lo, *hi;  // [rows]: the key range of each row
   Partial chunk;
   Partial head;  // of the head that the thread owns
@@ -57,8 +67,9 @@ struct Workspace {
     q = carver.take<float>(rows * q_row);
     s = carver.take<float>(rows * kRow);
     half = carver.take<bf16>(dot ? rows * kRow : 0);
+    copies = carver.take<float>(kStep * (q_row > o_row ? q_row : o_row));
     k = carver.take<float>(kStep * q_row);
-    v = carver.take<float>(kStep * o_row);
+    sums = carver.take<vf>(kFewRows * kRun);
     zeros = carver.take<float>(q_row > o_row ? q_row : o_row);
     lo = carver.take<int32_t>(rows);
     hi = carver.take<int32_t>(rows);
@@ -70,7 +81,7 @@ struct Workspace {
     return carver.used();
   }
 
-  Workspace(const AttentionParams& p, int64_t most_queries) : rows(static_cast<int>(p.Hq / p.Hkv * most_queries)) {
+  Workspace(const AttentionParams& p, int most_rows) : rows(most_rows) {
     carve(thread_scratch(carve(nullptr, p)), p);
     std::memset(zeros, 0, static_cast<size_t>(q_row > o_row ? q_row : o_row) * sizeof(float));
   }
@@ -108,54 +119,85 @@ struct Workspace {
   }
 };
 
-// sums[i] += q . keys[i] over kVecs vectors of words, lane by lane
-template <int kVecs, class T>
-PYATTN_INLINE void add_key_scores(const T* q, const T* const* keys, int64_t first, vf (&sums)[kLanes]) {
-  constexpr int kElements = kLanes * 4 / static_cast<int>(sizeof(T));
-  vf query[kVecs];
-#pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) query[j] = load_unaligned(q + first + j * kElements);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j)
-      sums[i] = multiply_add<kDot<T>>(sums[i], query[j], load_unaligned(keys[i] + first + j * kElements));
-  }
-}
-
-// The scores of kLanes keys and one row, of `size` elements in whole vectors.
+// The rows that are read next, if the processor must be asked to fetch them.
 template <class T>
-PYATTN_INLINE vf key_scores(const T* q, const T* const* keys, int64_t size) {
-  constexpr int kElements = kLanes * 4 / static_cast<int>(sizeof(T));
-  vf sums[kLanes] = {};
-  int64_t e = 0;
-  for (; e + 4 * kElements <= size; e += 4 * kElements) add_key_scores<4>(q, keys, e, sums);
-  for (; e + 2 * kElements <= size; e += 2 * kElements) add_key_scores<2>(q, keys, e, sums);
-  for (; e < size; e += kElements) add_key_scores<1>(q, keys, e, sums);
-  return sum_lanes(sums);
+struct Coming {
+  const T* rows;  // or null
+  int64_t stride;
+  int count, size;
+
+  // Asks for rows [first, end). Inlined, or the compiler takes it for a function without an effect.
+  PYATTN_INLINE void ask(int first, int end) const {
+    if (!rows) return;
+    for (int r = first; r < end && r < count; ++r)
+      for (int e = 0; e < size; e += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(rows + r * stride + e);
+  }
+};
+
+// sums[i][r] = query i times key r, lane by lane, for kRows of the queries of a head; q is [vector][query of the head].
+// A query's `size` elements, and those between its vectors, are whole vectors.
+template <int kRows, int kKeys, class T, class Operand>
+PYATTN_INLINE void key_products(const T* keys, int64_t stride, const Operand* q, int64_t q_vectors, int64_t size,
+                                vf* sums) {
+  vf c[kRows][kKeys] = {};
+#pragma GCC unroll 2
+  for (int64_t e = 0; e < size; e += kElements<T>, q += q_vectors) {
+    vf key[kKeys];
+#pragma GCC unroll 4
+    for (int r = 0; r < kKeys; ++r) key[r] = load_words(keys + r * stride + e);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const vf query = load_unaligned(q + i * kElements<T>);
+#pragma GCC unroll 4
+      for (int r = 0; r < kKeys; ++r) c[i][r] = multiply_add<kDot<T>>(c[i][r], query, key[r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int r = 0; r < kKeys; ++r) sums[i * kRun + r] = c[i][r];
 }
 
-// The values of one step as the right operand; those of the next are asked for as they are read. Pairs of bfloat16 are
-// made in registers, in the order of columns that takes one instruction a vector: see `column`.
-template <class Operand>
+// The values of a run as the right operand. With the dot product its rows are pairs of keys, which begin at `first` and
+// `second`, made in registers, in the order of columns that takes one instruction a vector: see `column`.
+template <class T>
 struct Values {
-  const Operand *const *rows, *const *next;
-  int64_t lane;
+  const T *first, *second;
+  int64_t stride;
+  int lane;
 
   PYATTN_INLINE vf vec(int w, int j) const {
-    if constexpr (std::is_same_v<Operand, float>) {
-      __builtin_prefetch(next[w] + lane + j * kLanes, 0, 2);
-      return load_unaligned(rows[w] + lane + j * kLanes);
-    }
 #ifdef PYATTN_BF16_DOT
-    const int64_t first = (lane + j * kLanes) / (2 * kLanes) * 2 * kLanes;
-    __builtin_prefetch(next[2 * w + j % 2] + first, 0, 2);
-    const __m512i a = _mm512_loadu_si512(rows[2 * w] + first), b = _mm512_loadu_si512(rows[2 * w + 1] + first);
-    return (vf)(j % 2 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b));
+    if constexpr (kDot<T>) {
+      const int64_t at = w * stride + (lane + j * kLanes) / (2 * kLanes) * 2 * kLanes;
+      const __m512i a = _mm512_loadu_si512(first + at), b = _mm512_loadu_si512(second + at);
+      return (vf)(j % 2 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b));
+    }
 #endif
+    return load_floats(first + w * stride + lane + j * kLanes);
   }
-  Values from_lane(int64_t first) const { return {rows, next, lane + first}; }
+  Values from_lane(int more) const { return {first, second, stride, lane + more}; }
 };
+
+// sums[i] += the weights of row i times the values, of `vecs` vectors, for kRows rows; one value after the other, so
+// that the bits do not depend on where a run ends.
+template <int kRows, int kVecs, class T>
+PYATTN_INLINE void add_value_products(const char* weights, Values<T> values, const Coming<T>& coming, int words,
+                                      float* sums, int64_t sums_row, int vecs) {
+  constexpr int64_t kWeightsRow = kRow * (kDot<T> ? 2 : 4);
+  const int more = coming.rows ? (coming.count * kVecs + vecs - 1) / vecs : 0;
+  int asked = 0;
+  for (; vecs >= kVecs; vecs -= kVecs, values = values.from_lane(kVecs * kLanes), sums += kVecs * kLanes) {
+    coming.ask(asked, asked + more);
+    asked += more;
+    add_product<kDot<T>, kRows, kVecs>(weights, kWeightsRow, 4, values, words, sums, sums_row);
+  }
+  if constexpr (kVecs > 1)
+    if (vecs > 0) add_value_products<kRows, kVecs - 1>(weights, values, {}, words, sums, sums_row, vecs);
+}
+
+// The vectors of a value that are added up at once for so many rows; even, unless few_vectors
+constexpr int vecs_of(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 
 // Where element e of a value stands in a row of the output.
 template <class T>
@@ -163,32 +205,46 @@ constexpr int64_t column(int64_t e) {
   return kDot<T> ? e / 32 * 32 + e % 8 / 4 * 16 + e % 32 / 8 * 4 + e % 4 : e;
 }
 
-// One key head of one sample.
+// Neighbours among the keys, or values, of one head.
 template <class T>
-struct Head {
-  using Operand = std::conditional_t<kDot<T>, bf16, float>;  // what products are made of
+struct Run {
+  const T* rows;
+  int64_t stride;
+};
 
-  // The keys, or the values, of one step.
-  struct Step {
-    int count;
-    const T* rows[kStep];
-  };
+// Key heads of one sample that are taken together.
+template <class T>
+struct Heads {
+  using Operand = std::conditional_t<kDot<T>, bf16, float>;  // what products are made of
 
   const AttentionParams& p;  // of the sample
   const Workspace& w;
-  int64_t first_head;
-  int num_rows;  // queries of all heads that share the key head
+  int num_heads;
+  int64_t first_head;  // of the query
+  int rows_of_head;    // queries of all heads that share a key head
+  int num_rows;        // queries of all heads
+  int step;
   KeyRanges ranges;
   KeyRows<T> keys, values;
 
-  Head(const AttentionParams& p_, const Workspace& w_, int64_t kv_head)
+  Heads(const AttentionParams& p_, const Workspace& w_, int64_t kv_head, int num_heads_)
       : p(p_),
         w(w_),
+        num_heads(num_heads_),
         first_head(kv_head * (p_.Hq / p_.Hkv)),
-        num_rows(static_cast<int>(p_.Hq / p_.Hkv * p_.Lq)),
+        rows_of_head(static_cast<int>(p_.Hq / p_.Hkv * p_.Lq)),
+        num_rows(num_heads * rows_of_head),
+        step(step_of(p_, rows_of_head, num_heads)),
         ranges(p_),
         keys(p_, p_.key, p_.key_stride, kv_head),
         values(p_, p_.value, p_.value_stride, kv_head) {}
+
+  // So that few queries find the keys of a step side by side in a page, and it is done with when they leave it.
+  static int step_of(const AttentionParams& p, int rows_of_head, int num_heads) {
+    if (rows_of_head > kFewRows || (!p.block_table && num_heads == 1)) return kStep;
+    if (!p.block_table) return kRun;
+    return p.page_size % kStep == 0 ? kStep : p.page_size % (2 * kRun) == 0 ? 2 * kRun : kRun;
+  }
 
   int64_t head_of(int i) const { return first_head + i / p.Lq; }
 
@@ -200,47 +256,62 @@ struct Head {
   // Chunk number n into w.chunk; false if no row sees a key of it.
   bool chunk(int64_t n) const {
     // A row without keys may stand anywhere: no page is past the length.
-    const int64_t last_hi = ranges.row(p.Lq - 1).hi, end = last_hi < ranges.length ? last_hi : ranges.length;
-    const int64_t first = ranges.row(0).lo + n * kChunk;
-    if (first >= end) return false;
-    Operand* q = static_cast<Operand*>(w.q);
-    for (int i = 0; i < num_rows; ++i, q += w.q_row) {
-      pack_row(row_of<const T>(const_cast<void*>(p.query), p.query_stride, i), p.D, w.q_row, q);
+    const int64_t last_hi = ranges.row(p.Lq - 1).hi, length = last_hi < ranges.length ? last_hi : ranges.length;
+    const int64_t lowest = ranges.row(0).lo, base = lowest / kStep * kStep + n * kChunk;
+    const int64_t begin = base > lowest ? base : lowest, end = base + kChunk < length ? base + kChunk : length;
+    if (begin >= end) return false;
+    for (int i = 0; i < num_rows; ++i) {
+      pack_query(i);
       const KeyRange range = ranges.row(i % p.Lq);
       w.lo[i] = static_cast<int32_t>(range.lo);
       w.hi[i] = static_cast<int32_t>(range.hi);
     }
     w.clear(w.chunk, num_rows);
-    const int count = min_int(kChunk, end - first);
-    for_steps(keys, first, count, [&](int at, Step& now, const Step& next) {
-      scores(at, now, next);
-      finish_scores(first, at, now.count);
+    for_runs(keys, begin, end, values.row(begin), [&](int head, int64_t key, int run, const T* rows, const T* next) {
+      scores(head, base, key, run, rows, next);
     });
+    const int count = static_cast<int>(end - base);
+    finish_scores(base, count);
     weights(count);
-    for_steps(values, first, count, [&](int at, Step& now, const Step& next) {
-      const bool hides = masked(first + at, now.count) && hide(now);
-      outputs(at, now, next);
-      if (hides) add_hidden(first, at, now);
+    for_runs(values, begin, end, nullptr, [&](int head, int64_t key, int run, const T* rows, const T* next) {
+      outputs(head, base, key, run, rows, next);
     });
     return true;
   }
 
-  // Calls visit(position in the chunk, this step, the next step) for the steps of a chunk.
+  // Calls visit(head, key, count, rows, next) for runs of keys of [begin, end), those of a step for all heads before
+  // the next step. `rows` is null where keys of the run are not neighbours; `next` is what is read afterwards,
+  // `last_next` after all.
   template <class Visit>
-  void for_steps(const KeyRows<T>& from, int64_t first, int count, const Visit& visit) const {
-    Step steps[2];
-    locate(from, first, 0, count, steps[0]);
-    for (int at = 0, now = 0; at < count; at += kStep, now ^= 1) {
-      locate(from, first, at + kStep, count, steps[now ^ 1]);
-      visit(at, steps[now], steps[now ^ 1]);
+  void for_runs(const KeyRows<T>& from, int64_t begin, int64_t end, const T* last_next, const Visit& visit) const {
+    const int longest = rows_of_head > kFewRows ? kStep : kRun;
+    const T* rows = from.row(begin);
+    const T* next_step;
+    for (int64_t key = begin, stop; key < end; key = stop, rows = next_step) {
+      stop = std::min(key / step * step + step, end);
+      next_step = stop < end ? from.row(stop) : last_next;
+      const bool neighbours = from.neighbours(key, static_cast<int>(stop - key));
+      for (int head = 0; head < num_heads; ++head) {
+        const T* rows_of_run = rows + head * from.head_stride;
+        const T* next_head = head + 1 < num_heads ? rows_of_run + from.head_stride : next_step;
+        for (int64_t first = key, last; first < stop; first = last) {
+          last = std::min(first / longest * longest + longest, stop);
+          const int count = static_cast<int>(last - first);
+          const T* next = rows_of_run + count * from.stride;
+          visit(head, first, count, neighbours ? rows_of_run : nullptr, last < stop ? next : next_head);
+          rows_of_run = next;
+        }
+      }
     }
   }
 
-  // What stands past the end is computed with, but not used, or only asked for.
-  void locate(const KeyRows<T>& from, int64_t first, int at, int count, Step& step) const {
-    step.count = at < count ? min_int(kStep, count - at) : 0;
-    from.for_each(first + at, step.count, [&](int r, const T* row) { step.rows[r] = row; });
-    for (int r = step.count; r < kStep; ++r) step.rows[r] = static_cast<const T*>(w.zeros);
+  // What to ask for of the rows that are read after `run`: where there is little to compute the processor is as fast by
+  // itself, but does not know where the next page is.
+  Coming<T> coming_after(const Run<T>& run, const T* coming, int count, int64_t size) const {
+    constexpr int kFirst = 16 / sizeof(T);
+    const bool alone = rows_of_head == 1;
+    if (alone && coming == run.rows + count * run.stride) coming = nullptr;
+    return {coming, run.stride, alone ? kFirst : count, static_cast<int>(size)};
   }
 
   // Whether some row may not see some of the keys.
@@ -250,78 +321,101 @@ struct Head {
     return any;
   }
 
-  // Inlined, or the compiler takes it for a function without an effect.
-  PYATTN_INLINE static void prefetch(const T* row, int64_t size) {
-    const char* line = reinterpret_cast<const char*>(row);
-    for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(line + i, 0, 2);
+  // Keys, or values, [key, key + count) of a head, at `rows` if that is not null: where they are if they can be, else
+  // copies, padded with zeros. With
+  // `hides` values that are not finite become zeros.
+  Run<T> run_of(const KeyRows<T>& from, int head, int64_t key, int count, const T* rows, int64_t size, int64_t padded,
+                bool hides) const {
+    bool copies = size != padded || !rows;
+    for (int r = 0; hides && r < count && !copies; ++r) copies = holds_not_finite(rows + r * from.stride);
+    if (!copies) return {rows, from.stride};
+    T* copy = static_cast<T*>(w.copies);
+    from.for_runs(key, count, [&](int, const T* row, int number) {
+      for (row += head * from.head_stride; number > 0; --number, row += from.stride, copy += padded) {
+        const int64_t used = hides && holds_not_finite(row) ? 0 : size;
+        std::memcpy(copy, row, static_cast<size_t>(used) * sizeof(T));
+        std::memset(copy + used, 0, static_cast<size_t>(padded - used) * sizeof(T));
+      }
+    });
+    return {static_cast<const T*>(w.copies), padded};
   }
 
-  // Rows as operands of whole vectors: where they are if they can be, else `copies`; then the next ones are asked for
-  // here. They are not copied for nothing: loads by pointers that have just been stored wait for all that came before.
-  const Operand* const* operands(const T* const* rows, const T* const* next, int count, int64_t size, int64_t padded,
-                                 float* copies, const Operand** pointers) const {
-    if constexpr (std::is_same_v<T, Operand>)
-      if (size == padded) return rows;
-    for (int r = 0; r < count; ++r) {
-      prefetch(next[r], size);
-      Operand* copy = reinterpret_cast<Operand*>(copies) + r * padded;
-      pack_row(rows[r], size, padded, copy);
-      pointers[r] = copy;
-    }
-    return pointers;
-  }
-
-  static void pack_row(const T* row, int64_t size, int64_t padded, Operand* copy) {
+  // Row i of the queries as operands, padded with zeros: where there are few, the vectors of a head's queries in turns.
+  void pack_query(int i) const {
+    const bool many = rows_of_head > kFewRows;
+    const T* query = row_of<const T>(const_cast<void*>(p.query), p.query_stride, i);
+    Operand* row = static_cast<Operand*>(many ? w.q : w.copies);
+    if (many) row += i * w.q_row;
     if constexpr (kDot<T>)
-      std::memcpy(copy, row, static_cast<size_t>(size) * sizeof(T));
+      std::memcpy(row, query, static_cast<size_t>(p.D) * sizeof(T));
     else
-      convert_row(row, static_cast<int>(size), copy);
-    for (int64_t e = size; e < padded; ++e) copy[e] = Operand{};
+      convert_row(query, static_cast<int>(p.D), row);
+    for (int64_t e = p.D; e < w.q_row; ++e) row[e] = Operand{};
+    if (many) return;
+    Operand* q = static_cast<Operand*>(w.q) + (i - i % rows_of_head) * w.q_row + i % rows_of_head * kElements<T>;
+    for (int64_t e = 0; e < w.q_row; e += kElements<T>) std::memcpy(q + e * rows_of_head, row + e, sizeof(vf));
   }
 
-  void scores(int at, const Step& now, const Step& next) const {
-    if (num_rows > kFewRows)
-      scores_of_many(now, next, w.s + at);
-    else
-      scores_of_few(now, next, w.s + at);
+  void scores(int head, int64_t base, int64_t key, int count, const T* rows, const T* next) const {
+    const bool many = rows_of_head > kFewRows;
+    const Run<T> run = run_of(keys, head, key, count, rows, p.D, many ? p.D : w.q_row, false);
+    const int at = static_cast<int>(key - base);
+    if (many) return scores_of_many(run, at, count);
+    const Coming<T> coming = coming_after(run, next, count, p.D);
+    const Operand* q = static_cast<const Operand*>(w.q) + head * rows_of_head * w.q_row;
+    float* s = w.s + head * rows_of_head * kRow + at;
+    for (int i = 0; i < rows_of_head; i += kFewRowsAtOnce)
+      call_with_rows<kFewRowsAtOnce>(min_int(kFewRowsAtOnce, rows_of_head - i), [&](auto tile_rows) {
+        scores_of_few<tile_rows()>(run, count, q + i * kElements<T>, i == 0 ? coming : Coming<T>{}, s + i * kRow,
+                                   at % kRun);
+      });
   }
 
-  // Lanes are the elements of a head: one sum over the lanes of kLanes keys a row.
-  void scores_of_few(const Step& now, const Step& next, float* s) const {
-    const int whole = static_cast<int>(round_up(now.count, kLanes));
-    const Operand* pointers[kStep];
-    const Operand* const* rows = operands(now.rows, next.rows, whole, p.D, w.q_row, w.k, pointers);
+  // Lanes are the elements of a head. The scores of the run's first key stand at s, which is number `at` of a vector.
+  template <int kRows>
+  PYATTN_INLINE void scores_of_few(const Run<T>& run, int count, const Operand* q, const Coming<T>& coming, float* s,
+                                   int at) const {
+    constexpr int kKeys = kRows * 4 <= kAccumulators ? 4 : 2;
+    const int64_t q_vectors = rows_of_head * kElements<T>;
+    int r = 0;
+    for (; r + kKeys <= count; r += kKeys) {
+      coming.ask(r, r + kKeys);
+      key_products<kRows, kKeys>(run.rows + r * run.stride, run.stride, q, q_vectors, w.q_row, w.sums + at + r);
+    }
+    for (; r < count; ++r)
+      key_products<kRows, 1>(run.rows + r * run.stride, run.stride, q, q_vectors, w.q_row, w.sums + at + r);
     const vf scale = broadcast(HeadTerms(p, first_head).scale);
-    for (int r = 0; r < whole; r += kLanes) {
-      const Operand* q = static_cast<const Operand*>(w.q);
-      for (int i = 0, asked = 0; i < num_rows; ++i, q += w.q_row) {
-        // A few rows at a time: many at once would hold up the loads of this step.
-        for (; rows != pointers && asked < (i + 1) * kLanes / num_rows; ++asked) prefetch(next.rows[r + asked], p.D);
-        store(s + i * kRow + r, key_scores(q, rows + r, w.q_row) * scale);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      for (int lane = 0; lane < kRun; lane += kLanes) {
+        vf sums[kLanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) sums[j] = w.sums[i * kRun + lane + j];
+        store(s - at + i * kRow + lane, sum_lanes(sums) * scale);
       }
     }
   }
 
   // Lanes are keys, transposed: that costs more, but once for all rows.
-  void scores_of_many(const Step& now, const Step& next, float* s) const {
+  void scores_of_many(const Run<T>& run, int at, int count) const {
     constexpr int kVecs = kTileLanes / kLanes;
-    const int D = static_cast<int>(p.D);
+    const int D = static_cast<int>(p.D), before = at % kStep;
     const auto row = [&](int r) __attribute__((always_inline)) {
-      prefetch(next.rows[r], p.D);
-      return now.rows[r];
+      return r < before ? static_cast<const T*>(w.zeros) : run.rows + (r - before) * run.stride;
     };
-    pack_rows<T>(row, now.count, D, w.k);
+    pack_rows<T>(row, before + count, D, w.k);
     const vf scale = broadcast(HeadTerms(p, first_head).scale);
     alignas(64) float partial[kMaxRows * kTileLanes];
     const int64_t row_bytes = w.q_row * static_cast<int64_t>(sizeof(Operand));
-    for (int first = 0; first < now.count; first += kTileLanes) {
+    for (int first = 0; first < before + count; first += kTileLanes) {
       for_row_tiles(num_rows, [&](int i, auto rows) {
         constexpr int kRows = rows();
         const auto scale_and_store = [&](const vf(&c)[kRows][kVecs]) __attribute__((always_inline)) {
 #pragma GCC unroll 6
           for (int n = 0; n < kRows; ++n)
 #pragma GCC unroll 4
-            for (int j = 0; j < kVecs; ++j) store(s + (i + n) * kRow + first + j * kLanes, c[n][j] * scale);
+            for (int j = 0; j < kVecs; ++j)
+              store(w.s + (i + n) * kRow + at - before + first + j * kLanes, c[n][j] * scale);
         };
         row_products<kDot<T>, kRows, kVecs>(static_cast<const char*>(w.q) + i * row_bytes, row_bytes, D,
                                             w.k + first * query_words<kDot<T>>(D), partial, scale_and_store);
@@ -336,58 +430,33 @@ struct Head {
     with_mask_dtype(p.mask_dtype, [&](auto element) { f(static_cast<const decltype(element)*>(p.mask) + offset); });
   }
 
-  // Softcap, ALiBi, attn_mask and the rows' ranges. A masked score may have been NaN.
-  void finish_scores(int64_t first, int at, int count) const {
-    const bool is_masked = masked(first + at, count);
+  // Softcap, ALiBi, attn_mask and the rows' ranges, for the `count` keys from `base` on. A masked score may have been
+  // NaN.
+  void finish_scores(int64_t base, int count) const {
     for (int i = 0; i < num_rows; ++i) {
-      float* s = w.s + i * kRow + at;
+      float* s = w.s + i * kRow;
       const HeadTerms head(p, head_of(i));
       for (int r = 0; head.softcap.limit != 0 && r < count; r += kLanes) store(s + r, head.softcap(load(s + r)));
       if (head.slope != 0) {
-        const float position = static_cast<float>(first + at - i % p.Lq - ranges.offset);
+        const float position = static_cast<float>(base - i % p.Lq - ranges.offset);
         for (int r = 0; r < count; r += kLanes) {
-          const vf distance = load(kLaneNumbers + r) + broadcast(position);
+          const vf distance = broadcast(static_cast<float>(r)) + load(kLaneNumbers) + broadcast(position);
           store(s + r, load(s + r) - broadcast(head.slope) * max(distance, -distance));
         }
       }
-      if (p.mask) {
-        with_mask(i, first + at, [&](const auto* mask) {
-          for (int r = 0; r < count; ++r) {
-            const float bias = bias_of(mask[r * p.mask_stride_k]);
+      const int seen = min_int(count, w.hi[i] - base);
+      int r = 0;
+      for (; r < count && base + r < w.lo[i]; ++r) s[r] = -kInf;
+      if (p.mask && r < seen) {
+        with_mask(i, base + r, [&](const auto* mask) {
+          for (; r < seen; ++r, mask += p.mask_stride_k) {
+            const float bias = bias_of(*mask);
             s[r] = bias == -kInf ? bias : s[r] + bias;
           }
         });
       }
-      for (int r = 0; is_masked && r < count; ++r)
-        if (first + at + r < w.lo[i] || first + at + r >= w.hi[i]) s[r] = -kInf;
-      for (int r = count; r % kLanes; ++r) s[r] = -kInf;
+      for (r = std::max(r, seen); r < round_up(count, kLanes); ++r) s[r] = -kInf;
     }
-  }
-
-  // 0 * NaN is NaN: puts zeros in the place of values that are not finite; false if there are none.
-  bool hide(Step& now) const {
-    bool any = false;
-    for (int r = 0; r < now.count; ++r) {
-      int hides = 0;
-      for (int e = 0; e < p.Dv; ++e) hides |= not_finite(now.rows[r][e]);
-      if (hides) now.rows[r] = static_cast<const T*>(w.zeros);
-      any |= hides != 0;
-    }
-    return any;
-  }
-
-  // Adds them for the rows that do see them.
-  void add_hidden(int64_t first, int at, const Step& now) const {
-    values.for_each(first + at, now.count, [&](int r, const T* value) {
-      if (now.rows[r] == value) return;
-      const int64_t key = first + at + r;
-      for (int i = 0; i < num_rows; ++i) {
-        bool live = key >= w.lo[i] && key < w.hi[i];
-        if (p.mask) with_mask(i, key, [&](const auto* mask) { live = live && bias_of(*mask) != -kInf; });
-        for (int e = 0; live && e < p.Dv; ++e)
-          w.chunk.o[i * w.o_row + column<T>(e)] += w.s[i * kRow + at + r] * to_float(value[e]);
-      }
-    });
   }
 
   // Scores to weights 2^(score - maximum), in place and, with the dot product, in `half`.
@@ -407,19 +476,55 @@ struct Head {
     }
   }
 
-  void outputs(int at, const Step& now, const Step& next) const {
-    const int words = kDot<T> ? (now.count + 1) / 2 : now.count;
-    const Operand* pointers[kStep];
-    const Operand* const* rows =
-        operands(now.rows, next.rows, kDot<T> ? 2 * words : words, p.Dv, w.o_row, w.v, pointers);
-    const Operand* const* coming = rows;
-    if constexpr (std::is_same_v<T, Operand>)
-      if (rows != pointers) coming = next.rows;
-    const char* weights =
-        kDot<T> ? reinterpret_cast<const char*>(w.half + at) : reinterpret_cast<const char*>(w.s + at);
-    add_products<kDot<T>>(weights, kRow * static_cast<int64_t>(sizeof(Operand)), num_rows,
-                          Values<Operand>{rows, coming, 0}, words, w.chunk.o, w.o_row,
-                          static_cast<int>(w.o_row / kLanes));
+  void outputs(int head, int64_t base, int64_t key, int count, const T* rows, const T* next) const {
+    const bool is_masked = masked(key, count);
+    const Run<T> run = run_of(values, head, key, count, rows, p.Dv, w.o_row, is_masked);
+    const Coming<T> coming = coming_after(run, next, count, p.Dv);
+    const int at = static_cast<int>(key - base);
+    if constexpr (kDot<T>) {
+      const T* zeros = static_cast<const T*>(w.zeros);
+      add_outputs(head, at, count / 2, {run.rows, run.rows + run.stride, 2 * run.stride, 0}, coming);
+      if (count % 2) add_outputs(head, at + count - 1, 1, {run.rows + (count - 1) * run.stride, zeros, 0, 0}, {});
+    } else {
+      add_outputs(head, at, count, {run.rows, nullptr, run.stride, 0}, coming);
+    }
+    for (int r = 0; is_masked && r < count; ++r) {
+      const T* row = values.row(key + r, head);
+      if (holds_not_finite(row)) add_hidden(head, at + r, base, row);
+    }
+  }
+
+  // The products of the head's weights from number `at` of the chunk on; a word is one value, or with the dot product
+  // two.
+  void add_outputs(int head, int at, int words, const Values<T>& values, const Coming<T>& coming) const {
+    const Operand* weights;
+    if constexpr (kDot<T>)
+      weights = w.half;
+    else
+      weights = w.s;
+    for_row_tiles(rows_of_head, [&](int i, auto rows) {
+      const int64_t row = head * rows_of_head + i;
+      add_value_products<rows(), vecs_of(rows())>(reinterpret_cast<const char*>(weights + row * kRow + at), values,
+                                                  i == 0 ? coming : Coming<T>{}, words, w.chunk.o + row * w.o_row,
+                                                  w.o_row, static_cast<int>(w.o_row / kLanes));
+    });
+  }
+
+  // 0 * NaN is NaN: such values count only for the queries that see them.
+  bool holds_not_finite(const T* row) const {
+    int any = 0;
+    for (int e = 0; e < p.Dv; ++e) any |= not_finite(row[e]);
+    return any != 0;
+  }
+
+  // Adds such a value, number `at` of the chunk from key `base` on.
+  void add_hidden(int head, int at, int64_t base, const T* value) const {
+    for (int i = head * rows_of_head; i < (head + 1) * rows_of_head; ++i) {
+      bool live = base + at >= w.lo[i] && base + at < w.hi[i];
+      if (p.mask) with_mask(i, base + at, [&](const auto* mask) { live = live && bias_of(*mask) != -kInf; });
+      for (int e = 0; live && e < p.Dv; ++e)
+        w.chunk.o[i * w.o_row + column<T>(e)] += w.s[i * kRow + at] * to_float(value[e]);
+    }
   }
 
   void finish(const Partial& sums) const {
@@ -428,33 +533,54 @@ struct Head {
       float sum = 0;
       for (int j = 0; j < kLanes; ++j) sum += sums.row_sum[i * kLanes + j];
       const RowEnd end(sums.row_max[i], sum, p.sinks ? p.sinks[head_of(i)] : -kInf);
-      for (int64_t e = 0; e < p.Dv; ++e) w.v[e] = sums.o[i * w.o_row + column<T>(e)];
-      store_row(w.v, static_cast<int>(p.Dv), end.factor, out);
+      for (int64_t e = 0; e < p.Dv; ++e) w.k[e] = sums.o[i * w.o_row + column<T>(e)];
+      store_row(w.k, static_cast<int>(p.Dv), end.factor, out);
       p.lse[head_of(i) * p.lse_stride_h + i % p.Lq] = end.lse;
     }
   }
 };
 
+// The key heads of a sample from `head` on that a thread takes together.
+struct Unit {
+  const AttentionParams* sample;
+  int64_t head;
+  int num_heads;
+};
+
 template <class T>
 void decode(const AttentionParams& p, const std::vector<AttentionParams>& samples, int threads) {
-  std::vector<int64_t> chunks;  // of each key head of each sample
-  int64_t most_queries = 0;
+  std::vector<Unit> units;
+  std::vector<int64_t> chunks;  // of each unit
+  int most_rows = 0;
   for (const AttentionParams& sample : samples) {
-    chunks.insert(chunks.end(), static_cast<size_t>(p.Hkv), (sample.Lk + kChunk - 1) / kChunk);
-    most_queries = std::max(most_queries, sample.Lq);
+    const int64_t all = (sample.Lk + kStep - 1 + kChunk - 1) / kChunk;  // the first one may be short
+    const int64_t rows = p.Hq / p.Hkv * sample.Lq;
+    int64_t together = 1;
+    if ((sample.block_table || sample.key_stride.h < sample.key_stride.l) && rows > 0 && rows <= kFewRows) {
+      const int64_t samples_chunks = static_cast<int64_t>(samples.size()) * std::max<int64_t>(all, 1);
+      const int64_t wanted = (4 * threads + samples_chunks - 1) / samples_chunks;  // units of a sample
+      together = std::max<int64_t>(std::min(kRowsTogether / rows, p.Hkv / wanted), 1);
+    }
+    for (int64_t head = 0; head < p.Hkv; head += together) {
+      units.push_back({&sample, head, min_int(together, p.Hkv - head)});
+      chunks.push_back(all);
+      most_rows = std::max(most_rows, static_cast<int>(units.back().num_heads * rows));
+    }
   }
-  const auto head = [&](int64_t unit, const Workspace& w) { return Head<T>(samples[unit / p.Hkv], w, unit % p.Hkv); };
-  std::vector<Partial> sums(chunks.size());
+  const auto heads = [&](int64_t u, const Workspace& w) {
+    return Heads<T>(*units[u].sample, w, units[u].head, units[u].num_heads);
+  };
+  std::vector<Partial> sums(units.size());
   parallel_pipeline(
-      chunks, threads, [&] { return Workspace(p, most_queries); },
-      [&](int64_t unit, const Workspace& w) { w.clear(sums[unit] = w.head, w.rows); },
-      [&](int64_t unit, int64_t n, const Turn& turn, const Workspace& w) {
-        const Head<T> keys = head(unit, w);
-        if (!keys.chunk(n)) return;
+      chunks, threads, [&] { return Workspace(p, most_rows); },
+      [&](int64_t u, const Workspace& w) { w.clear(sums[u] = w.head, w.rows); },
+      [&](int64_t u, int64_t n, const Turn& turn, const Workspace& w) {
+        const Heads<T> taken = heads(u, w);
+        if (!taken.chunk(n)) return;
         turn.wait(1);
-        w.merge(sums[unit], keys.num_rows);
+        w.merge(sums[u], taken.num_rows);
       },
-      [&](int64_t unit, const Workspace& w) { head(unit, w).finish(sums[unit]); });
+      [&](int64_t u, const Workspace& w) { heads(u, w).finish(sums[u]); });
 }
 
 }  // namespace

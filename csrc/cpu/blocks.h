@@ -148,32 +148,39 @@ struct HeadTerms {
 template <class T>
 struct KeyRows {
   const T* first;  // key 0, or the head's first key of page 0
-  int64_t stride;
+  int64_t stride, head_stride;
   const int32_t* pages;  // of this sample, or null
   int64_t page_size, page_stride, length;
 
   KeyRows(const AttentionParams& p, const void* tensor, const Strides& strides, int64_t kv_head)
       : first(static_cast<const T*>(tensor) + kv_head * strides.h),
         stride(strides.l),
+        head_stride(strides.h),
         pages(p.block_table),
         page_size(p.page_size),
         page_stride(strides.b),
         length(p.kv_lengths ? *p.kv_lengths : p.Lk) {}
 
-  // Calls visit(index, row) for keys [key, key + count). In pages, `row` is null past the length: no page is there.
+  // Where a key stands in its page. In 32 bits, which hold any key: half the time of a division.
+  int64_t in_page(int64_t key) const { return static_cast<uint32_t>(key) % static_cast<uint32_t>(page_size); }
+
+  // A key of this head, or of the `head`-th after it.
+  const T* row(int64_t key, int head = 0) const {
+    const T* first_of_head = first + head * head_stride;
+    if (!pages) return first_of_head + key * stride;
+    const int32_t page = pages[static_cast<uint32_t>(key) / static_cast<uint32_t>(page_size)];
+    return first_of_head + page * page_stride + in_page(key) * stride;
+  }
+
+  // Whether keys [key, key + count) lie `stride` apart.
+  bool neighbours(int64_t key, int count) const { return !pages || in_page(key) + count <= page_size; }
+
+  // Calls visit(index, rows, number) for runs of neighbours of [key, key + count), which must exist.
   template <class Visit>
-  PYATTN_INLINE void for_each(int64_t key, int count, const Visit& visit) const {
-    if (!pages) {
-      const T* row = first + key * stride;
-      for (int i = 0; i < count; ++i, row += stride) visit(i, row);
-      return;
-    }
-    for (int i = 0; i < count;) {
-      const int64_t in_page = (key + i) % page_size;
-      const bool exists = key + i < length;
-      const T* row = exists ? first + pages[(key + i) / page_size] * page_stride + in_page * stride : nullptr;
-      const int end = min_int(count, i + (exists ? min_int(page_size - in_page, length - key - i) : count - i));
-      for (; i < end; ++i, row += row ? stride : 0) visit(i, row);
+  PYATTN_INLINE void for_runs(int64_t key, int count, const Visit& visit) const {
+    for (int i = 0, number; i < count; i += number) {
+      number = pages ? min_int(count - i, page_size - in_page(key + i)) : count;
+      visit(i, row(key + i), number);
     }
   }
 
@@ -182,9 +189,12 @@ struct KeyRows {
     row_stride = pages ? size : stride;
     if (!pages) return first + key * stride;
     T* out = static_cast<T*>(gathered);
-    for_each(key, count, [&](int i, const T* row) {
-      for (int64_t e = 0; e < size; ++e) out[i * size + e] = row ? row[e] : T{};
+    const int existing = min_int(count, length > key ? length - key : 0);
+    for_runs(key, existing, [&](int i, const T* row, int number) {
+      for (T* to = out + i * size; number > 0; --number, row += stride, to += size)
+        std::memcpy(to, row, static_cast<size_t>(size) * sizeof(T));
     });
+    std::memset(out + existing * size, 0, static_cast<size_t>((count - existing) * size) * sizeof(T));
     return out;
   }
 };

@@ -129,15 +129,6 @@ struct EvenRows {
   EvenRows from_lane(int64_t lane) const { return {data + lane, stride}; }
 };
 
-// Rows of floats anywhere.
-struct ScatteredRows {
-  const float* const* rows;
-  int64_t lane;
-
-  PYATTN_INLINE vf vec(int w, int j) const { return load_unaligned(rows[w] + lane + j * kLanes); }
-  ScatteredRows from_lane(int64_t first) const { return {rows, lane + first}; }
-};
-
 // c[i][lane] += sum over words of a[i][word] * b[word][lane]. The rows of a lie `a_row` bytes apart, its words `a_word`
 // bytes.
 template <bool kIsDot, int kRows, int kVecs, class B>
@@ -146,12 +137,12 @@ PYATTN_INLINE void multiply(const char* a, int64_t a_row, int64_t a_word, const 
 #pragma GCC unroll 2
   for (int w = 0; w < words; ++w) {
     vf row[kVecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) row[j] = b.vec(w, j);
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
       const vf word = broadcast_word(a + i * a_row + w * a_word);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) c[i][j] = multiply_add<kIsDot>(c[i][j], word, row[j]);
     }
   }
@@ -235,7 +226,7 @@ PYATTN_INLINE void add_product(const char* a, int64_t a_row, int64_t a_word, con
   multiply<kIsDot>(a, a_row, a_word, b, words, c);
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) {
       float* sum = sums + i * sums_row + j * kLanes;
       store(sum, load(sum) + c[i][j]);

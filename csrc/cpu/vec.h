@@ -260,14 +260,29 @@ PYATTN_INLINE void transpose(vf (&rows)[kLanes]) {
   transpose_step<1>(rows);
 }
 
-// The sum of the lanes of a[i], in lane i. Overwrites a.
+// The lanes of b whose number has the bit kStep, and the others of a; left to itself the compiler shuffles.
+template <int kStep>
+PYATTN_INLINE vf blend(vf a, vf b) {
+  [[maybe_unused]] constexpr int kLanesOfB = 0xffff / ((1 << kStep) + 1) << kStep;
+#if defined(PYATTN_AVX512)
+  return _mm512_mask_blend_ps(kLanesOfB, a, b);
+#elif defined(PYATTN_ISA_AVX2)
+  return _mm256_blend_ps(a, b, kLanesOfB & 0xff);
+#else
+  return vf{a[0], kStep == 1 ? b[1] : a[1], kStep == 2 ? b[2] : a[2], b[3]};
+#endif
+}
+
+// The sum of the lanes of a[i], in lane i. Overwrites a. Of what is added up at each step one half stays in its lanes:
+// there are fewer ports for shuffles than for anything else.
 template <int kStep = kLanes / 2>
 PYATTN_INLINE vf sum_lanes(vf (&a)[kLanes]) {
+  vi swapped;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) swapped[i] = i ^ kStep;
 #pragma GCC unroll 8
-  for (int i = 0; i < kStep; ++i) {
-    exchange<kStep>(a[i], a[i + kStep]);
-    a[i] += a[i + kStep];
-  }
+  for (int i = 0; i < kStep; ++i)
+    a[i] = blend<kStep>(a[i], a[i + kStep]) + __builtin_shuffle(blend<kStep>(a[i + kStep], a[i]), swapped);
   if constexpr (kStep > 1)
     return sum_lanes<kStep / 2>(a);
   else
