@@ -103,12 +103,20 @@ def test_bits_of_a_sample_do_not_depend_on_its_batch(page_size, num_queries, dty
 
 @by_dtype
 @by_num_queries
-def test_pages_do_not_change_the_bits(num_queries, dtype, engine):
-    """Wherever they lie: ``to_pages`` draws their order."""
-    kwargs = make_inputs(decode(num_queries, causal=True), dtype)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"Hq": 8, "Hkv": 8, "Dv": 48}, {"Hq": 5, "Hkv": 5, "D": 20, "kv_starts": (1003, 20, 4090)}],
+    ids=["groups", "heads", "starts"],
+)
+def test_pages_and_layouts_do_not_change_the_bits(changes, num_queries, dtype, engine):
+    """Wherever pages lie: ``to_pages`` draws their order. Nor do key heads that lie side by side, in a page or BLHD."""
+    kwargs = make_inputs(decode(num_queries, causal=True, **changes), dtype)
     dense = engine.results(kwargs)
-    for page_size in (1, 7, 16, 64, 256):
-        assert_same_bits(engine.results(to_pages(kwargs, page_size)), dense)
+    for page_size in (1, 7, 16, 32, 48, 64, 256):
+        for threads in (1, 3):
+            assert_same_bits(engine.results(to_pages(kwargs, page_size), threads=threads), dense)
+    blhd = {n: kwargs[n].transpose(1, 2).contiguous().transpose(1, 2) for n in ("key", "value")}
+    assert_same_bits(engine.results(kwargs | blhd), dense)
 
 
 @by_dtype

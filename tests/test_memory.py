@@ -11,7 +11,7 @@ import torch
 import pyattn
 from pyattn import measure
 from pyattn.backends import cpu
-from pyattn.testing import DTYPES, Case, make_inputs, to_pages
+from pyattn.testing import DTYPES, Case, check_case, make_inputs, to_pages
 
 L, H, D = 16384, 8, 64
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -36,6 +36,30 @@ def scratch_mb(engine, dtype, num_queries=L, backward=False, **arguments):
 @pytest.mark.parametrize("arguments", [{"window": (256, 0)}, {"num_queries": 128}], ids=["window", "few queries"])
 def test_scratch(engine, dtype, arguments):
     assert scratch_mb(engine, dtype, **arguments) <= 16
+
+
+@by_dtype
+def test_scratch_of_the_forward_does_not_grow_with_the_keys(engine, dtype):
+    """A cache of a million keys takes no more than one of some hundred thousand, whatever is prepared for products."""
+    peaks = []
+    for Lk in (2**17 + 64, 2**19):
+        q, kv = torch.randn(1, 1, 64, 16).to(dtype), torch.randn(1, 1, Lk, 16).to(dtype)
+        with engine.at_work():
+            cpu.scratch_peak_bytes(reset=True)
+            pyattn.attention(q, kv, kv, backend=engine.backend, window=(4096, 0))
+        peaks.append(cpu.scratch_peak_bytes())
+    assert peaks[0] == peaks[1] <= 2**21
+
+
+@by_dtype
+def test_values_beyond_what_the_forward_prepares_at_once(engine, dtype):
+    """In odd numbers, of which some are hidden, for several blocks of queries."""
+    case = Case("long", B=1, Hq=2, Hkv=1, Lq=130, Lk=4301, D=8, Dv=512, causal=True)
+    kwargs = make_inputs(case, dtype)
+    check_case(engine.results(kwargs), case, dtype)
+    paged = engine.results(to_pages(kwargs, 16))
+    for name, x in engine.results(kwargs).items():
+        assert torch.equal(x, paged[name]), name
 
 
 @by_dtype

@@ -26,6 +26,8 @@ namespace pyattn::PYATTN_ISA {
 namespace {
 
 constexpr int64_t kAcrossRow = kBlockN / 2 | kLanes;  // an odd number of cache lines
+constexpr int64_t kMostPairs =
+    1 << 20;  // interleaved pairs of values that a thread keeps: memory must not grow with Lk
 
 // What one thread works in.
 struct Workspace {
@@ -37,6 +39,7 @@ struct Workspace {
   float* v;         // [kBlockN][Dv]: values converted to float, or interleaved in pairs
   void* pages_k;    // [kBlockN][D]: keys gathered from pages
   void* pages_v;    // [kBlockN][Dv]: values gathered from pages
+  bool has_pairs;   // whether `v_pairs` holds the values of the head; else they are interleaved a segment at a time
   float* v_pairs;   // [Lk / 2][Dv]: with the dot product, all values of the head interleaved in pairs; AMX: transposed
   float* v_across;  // [Dv][kAcrossRow]: with AMX, the pairs of a segment transposed
   void* v_finite;   // [kBlockN][Dv]: values of which rows with NaN or inf are set to 0
@@ -57,7 +60,9 @@ struct Workspace {
     pages_v = carver.take<float>(p.block_table ? kBlockN * p.Dv : 0);
     const bool dot = kHasBf16Dot && p.dtype == DType::bf16;
     v_pairs_row = kHasAmx ? round_up((p.Lk + 1) / 2, kLanes) | kLanes : p.Dv;
-    v_pairs = carver.take<float>(dot && !p.block_table ? (kHasAmx ? p.Dv : (p.Lk + 1) / 2) * v_pairs_row : 0);
+    const int64_t pairs = (kHasAmx ? p.Dv : (p.Lk + 1) / 2) * v_pairs_row;
+    has_pairs = dot && !p.block_table && pairs <= kMostPairs;
+    v_pairs = carver.take<float>(has_pairs ? pairs : 0);
     v_across = carver.take<float>(kHasAmx && dot ? p.Dv * kAcrossRow : 0);
     v_finite = carver.take<float>(kBlockN * p.Dv);
     row_max = carver.take<float>(kBlockM);
@@ -155,7 +160,7 @@ void stage_across(const AttentionParams& p, const Workspace& w, Segment& segment
   const int Dv = static_cast<int>(p.Dv);
   v.hidden.count = 0;
   if (masked) value = v.hidden.hide(value, stride, segment.count, Dv, w.v_finite);
-  if (!p.block_table && v.hidden.count == 0) {
+  if (w.has_pairs && v.hidden.count == 0) {
     v.data = w.v_pairs + segment.first / 2, v.row = w.v_pairs_row;
     return;
   }
@@ -243,7 +248,7 @@ void forward_block(const AttentionParams& p, const Workspace& w, const KeyRanges
     const T* key = keys.rows(first, count, D, w.pages_k, k_stride);
     segment.k = stage_rows(key, k_stride, count, D, w.k);
     const T* value = values.rows(first, count, Dv, w.pages_v, v_stride);
-    const float* pairs = kDot<T> && !p.block_table ? w.v_pairs + first / 2 * Dv : nullptr;
+    const float* pairs = kDot<T> && w.has_pairs ? w.v_pairs + first / 2 * Dv : nullptr;
 #ifdef PYATTN_ISA_AVX512_AMX
     if constexpr (kDot<T>) {
       if (D % 2) segment.k = stage_odd(key, k_stride, count, D, w.k);
@@ -305,9 +310,9 @@ void forward(const AttentionParams& p, const std::vector<AttentionParams>& sampl
       const int64_t from = ranges.row(0).lo / 2 * 2, to = even_end(ranges.row(sample.Lq - 1).hi, sample.Lk);
       const T* value = static_cast<const T*>(sample.value) + task.kv_head * p.value_stride.h;
 #ifdef PYATTN_ISA_AVX512_AMX
-      if (from < to && !p.block_table) stage_all_across(sample, w, value, from, to);
+      if (from < to && w.has_pairs) stage_all_across(sample, w, value, from, to);
 #else
-      if (from < to && !p.block_table)
+      if (from < to && w.has_pairs)
         interleave_rows(value + from * p.value_stride.l, p.value_stride.l, to - from, p.Dv,
                         w.v_pairs + from / 2 * p.Dv, p.Dv);
 #endif
