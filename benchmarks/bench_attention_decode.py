@@ -40,10 +40,10 @@ def dram_read(threads: int) -> tuple[Callable[[], Any], int]:
 GRID = [
     Cell(threads, dtype, head_dim, length, num_queries=num_queries, kv_heads=kv_heads)
     for threads, dtype, head_dim, num_queries, kv_heads in itertools.product(
-        THREADS, DTYPES, (64, 128), NUM_QUERIES, (HEADS, 1)
+        THREADS, DTYPES, (64, 128), NUM_QUERIES, (HEADS, 2, 1)
     )
     for length in lengths(dtype, head_dim, kv_heads)
-    if head_dim == 64 or (num_queries, kv_heads) == (1, HEADS)
+    if (head_dim == 64 and (kv_heads != 2 or num_queries == 1)) or (num_queries, kv_heads) == (1, HEADS)
 ]
 QUICK = [cell for cell in GRID if cell.length in (1024, LONG) and cell.head_dim == 64 and cell.num_queries == 1]
 

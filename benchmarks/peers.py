@@ -17,7 +17,7 @@ import pyattn
 
 Prepared = Callable[[], Tensor] | str
 INFERENCE_ONLY = "an inference engine: it has no backward"
-PAGE_SIZE = 64
+PAGE_SIZE = 16
 
 
 def prepare(name: str, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
@@ -38,21 +38,26 @@ def ours_by(backend: str) -> Callable[[Tensor, Tensor, Tensor, bool], Prepared]:
     return prepare
 
 
-def ours_paged(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
-    """The same keys and values in pages that lie in memory in random order."""
-    B, _, L, _ = key.shape
-    if L % PAGE_SIZE:
-        return f"the keys must fill pages of {PAGE_SIZE}"
-    table = torch.randperm(B * L // PAGE_SIZE).to(torch.int32).view(B, -1)
-    # [B, Hkv, L, D] -> [B, pages of a sample, Hkv, PAGE_SIZE, D] -> [pages, Hkv, PAGE_SIZE, D], where the table says
-    pages = [x.unflatten(2, (-1, PAGE_SIZE)).transpose(1, 2).flatten(0, 1) for x in (key, value)]
-    order = table.flatten().argsort()
-    key_pages, value_pages = (x[order] for x in pages)
-    lengths = torch.full((B,), L, dtype=torch.int32)
-    arguments = {"block_table": table, "kv_lengths": lengths, "causal": causal}
-    if pyattn.explain(query, key_pages, value_pages, **arguments).chosen["forward"] == "reference":
-        return "pyattn has no kernel for pages here"
-    return lambda: pyattn.attention(query, key_pages, value_pages, **arguments)
+def ours_paged(*, shuffled: bool, backend: str | None = None) -> Callable[[Tensor, Tensor, Tensor, bool], Prepared]:
+    """The same keys and values in pages: as a cache takes them, or in random order, as after many texts have come."""
+
+    def prepare(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
+        B, _, L, _ = key.shape
+        if L % PAGE_SIZE:
+            return f"the keys must fill pages of {PAGE_SIZE}"
+        numbers = (torch.randperm if shuffled else torch.arange)(B * L // PAGE_SIZE)
+        table = numbers.to(torch.int32).view(B, -1).to(key.device)
+        # [B, Hkv, L, D] -> [B, pages of a sample, Hkv, PAGE_SIZE, D] -> [pages, Hkv, PAGE_SIZE, D]
+        pages = [x.unflatten(2, (-1, PAGE_SIZE)).transpose(1, 2).flatten(0, 1) for x in (key, value)]
+        order = table.flatten().argsort()
+        key_pages, value_pages = (x[order] for x in pages)
+        lengths = torch.full((B,), L, dtype=torch.int32, device=key.device)
+        arguments = {"block_table": table, "kv_lengths": lengths, "causal": causal, "backend": backend}
+        if pyattn.explain(query, key_pages, value_pages, **arguments).chosen["forward"] == "reference":
+            return "pyattn has no kernel for pages here"
+        return lambda: pyattn.attention(query, key_pages, value_pages, **arguments)
+
+    return prepare
 
 
 def naive(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
@@ -200,7 +205,8 @@ def xformers(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepare
 
 PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Prepared]] = {
     "pyattn": ours,
-    "pyattn, paged": ours_paged,
+    "pyattn, pages": ours_paged(shuffled=False),
+    "pyattn, shuffled pages": ours_paged(shuffled=True),
     "torch SDPA": sdpa,
     "naive": naive,
     "FlexAttention": flex,
@@ -212,6 +218,8 @@ PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Prepared]] = {
 ON_GPUS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Prepared]] = {
     "pyattn, cuda": ours_by("cuda"),
     "pyattn, triton": ours_by("triton"),
+    "pyattn, cuda, pages": ours_paged(shuffled=True, backend="cuda"),
+    "pyattn, triton, pages": ours_paged(shuffled=True, backend="triton"),
     "SDPA flash": sdpa_by("FLASH_ATTENTION"),
     "SDPA cuDNN": sdpa_by("CUDNN_ATTENTION"),
     "SDPA efficient": sdpa_by("EFFICIENT_ATTENTION"),

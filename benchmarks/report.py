@@ -16,38 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plots import COLORS, ON_GPUS, OURS, Cell, Plot, draw, select
+
 from pyattn import compare
-
-compare.require_extra("matplotlib")
-
-import matplotlib  # noqa: E402
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 HEAD_DIM = 64  # the results hold other head dims too
-COLORS = {
-    "pyattn": compare.COLORS["pyattn"],
-    "pyattn, paged": "#5aa9e6",
-    **compare.COLORS,
-    "FlexAttention": "#8b5fbf",
-    "ONNX Runtime": "#2a9d6f",
-    "OpenVINO": "#c23b5a",
-    "pyattn, triton": compare.COLORS["pyattn"],
-    "pyattn, cuda": "#5aa9e6",
-    "SDPA flash": "#e08e1b",
-    "SDPA cuDNN": "#2a9d6f",
-    "SDPA efficient": "#c23b5a",
-}
-ON_GPUS = ("pyattn, triton", "pyattn, cuda")
-OURS = ("pyattn", *ON_GPUS)
 PEERS = [name for name in COLORS if name not in OURS]
 VARIANTS = [(dtype, causal) for dtype in ("float32", "bfloat16") for causal in (False, True)]
 
-Cell = dict[str, Any]
 Row = dict[str, str]  # a column's text by its heading
 
 
@@ -128,12 +106,6 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def select(cells: list[Cell], **fields: Any) -> list[Cell]:
-    """Those with these fields, short ones first."""
-    chosen = [cell for cell in cells if all(cell[name] == value for name, value in fields.items())]
-    return sorted(chosen, key=lambda cell: cell["length"])
-
-
 def speedups(cell: Cell | None, peers: list[str] = PEERS, suffix: str = "") -> Row:
     ratios = cell["speedup"] if cell else {}
     return {f"over {peer}{suffix}": f"{ratios[peer]:.2f}x" if peer in ratios else "" for peer in peers}
@@ -163,7 +135,7 @@ def backward_rows(cells: list[Cell]) -> list[Row]:
 
 def decode_rows(cells: list[Cell]) -> list[Row]:
     """One length that caches hold, and the one that they do not."""
-    kinds = itertools.product(("float32", "bfloat16"), (8, 1), (1, 8))
+    kinds = itertools.product(("float32", "bfloat16"), (8, 2, 1), (1, 8))
     return [
         {"": f"{dtype}, {plural(kv_heads, 'key head')}, {plural(queries, 'query', 'queries')}"}
         | {"keys": str(cell["length"]), "pyattn GB/s": f"{cell['gb_per_second']['pyattn']:.1f}"}
@@ -172,6 +144,17 @@ def decode_rows(cells: list[Cell]) -> list[Row]:
         for dtype, kv_heads, queries in kinds
         for cell in select(cells, dtype=dtype, kv_heads=kv_heads, num_queries=queries)
         if cell["length"] == 8192 or "percent_of_dram" in cell
+    ]
+
+
+def cache_rows(cells: list[Cell]) -> list[Row]:
+    return [
+        {"": f"{dtype}, {plural(kv_heads, 'key head')}", "context": str(cell["length"])}
+        | {"new tokens": str(cell["tokens"]), "pyattn us": f"{cell['microseconds']['pyattn']:.0f}"}
+        | {"append alone us": f"{cell['append_microseconds']['pyattn']:.0f}"}
+        | speedups(cell, ["pyattn, pages", "SDPA, buffer", "SDPA, torch.cat"])
+        for dtype, kv_heads in itertools.product(("float32", "bfloat16"), (8, 2))
+        for cell in select(cells, dtype=dtype, kv_heads=kv_heads)
     ]
 
 
@@ -294,70 +277,6 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count} {one if count == 1 else many or one + 's'}"
 
 
-# ---- the plots ---------------------------------------------------------------------------------------------
-
-
-class Plot(NamedTuple):
-    title: str
-    panels: dict[str, dict[str, Any]]  # by title: the fields of the cells in a panel
-    y_label: str
-    values: Callable[[Cell], dict[str, float]]  # by implementation
-    limit: tuple[str, Callable[[Cell], float | None]] | None = None  # what the machine can do at most
-    note: str = ""
-    log: bool = False
-
-
-def draw(plot: Plot, cells: list[Cell], conditions: str, path: Path) -> None:
-    rows = len(plot.panels) // 2
-    size = (11, 0.5 + 3.5 * rows)
-    figure, grid = plt.subplots(rows, 2, figsize=size, layout="constrained", sharey="row", squeeze=False)
-    for axes, (title, fields) in zip(grid.flat, plot.panels.items(), strict=True):
-        panel(axes, plot, select(cells, **fields))
-        axes.set_title(title, fontsize=11)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(plot.y_label)
-    for axes in grid[-1]:
-        axes.set_xlabel("length")
-    labelled = {artist.get_label(): artist for axes in grid.flat for artist in axes.get_lines()}
-    figure.legend(
-        labelled.values(),
-        labelled.keys(),
-        title=plot.title,
-        title_fontproperties={"weight": "bold", "size": 13},
-        loc="outside upper center",
-        ncols=len(labelled),
-        columnspacing=1.2,
-        handlelength=1.4,
-        frameon=False,
-    )
-    figure.supxlabel(f"{conditions}\n{plot.note}".strip(), fontsize=9, color="#555555")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def panel(axes: Any, plot: Plot, cells: list[Cell]) -> None:
-    for name, color in COLORS.items():
-        points = [(cell["length"], plot.values(cell)[name]) for cell in cells if name in plot.values(cell)]
-        if points:
-            width = 2.8 if name in OURS else 1.6
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, "o-", color=color, lw=width, ms=4, label=name, zorder=3 if name in OURS else 2)
-    limits = [limit for cell in cells if plot.limit and (limit := plot.limit[1](cell))]
-    if plot.limit and limits:
-        axes.axhline(max(limits), color="#333333", ls=":", lw=1.2, label=plot.limit[0])
-    axes.set_xscale("log")
-    lengths = [cell["length"] for cell in cells]
-    axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.minorticks_off()
-    if plot.log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    else:
-        axes.set_ylim(bottom=0)
-    axes.grid(color="#dddddd", lw=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 # ---- the suites --------------------------------------------------------------------------------------------
 
 
@@ -408,6 +327,12 @@ SUITES = {
             lambda cell: cell["gb_per_second"],
             ("DRAM read, measured", lambda cell: cell.get("dram_gb_per_second")),
         ),
+    ),
+    "kv_cache": Suite(
+        "A step with a KV cache: append, then attend",
+        cache_rows,
+        "One sample. SDPA, buffer: new tokens are copied into a buffer, and SDPA takes a view of what is filled; SDPA, "
+        "torch.cat: all that there is is copied. Pages have 16 tokens.",
     ),
     "attention_short": Suite(
         "Short sequences", short_rows, "The time of one call of the forward from Python, full attention."
