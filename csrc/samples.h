@@ -55,11 +55,14 @@ inline AttentionBackwardParams sample_of(const AttentionBackwardParams& p, int64
   return s;
 }
 
-// Query-key pairs of one head of a sample, but for causal masks and windows.
-inline int64_t pairs_of(const AttentionParams& sample) {
+// The keys in use of a sample.
+inline int64_t keys_of(const AttentionParams& sample) {
   const KeyRanges ranges(sample);
-  return sample.Lq * (ranges.length > ranges.start ? ranges.length - ranges.start : 0);
+  return ranges.length > ranges.start ? ranges.length - ranges.start : 0;
 }
+
+// Query-key pairs of one head of a sample, but for causal masks and windows.
+inline int64_t pairs_of(const AttentionParams& sample) { return sample.Lq * keys_of(sample); }
 
 // The samples in the order in which threads should take them: what is long comes first, so that no thread is left alone
 // with it in the end.

@@ -4,17 +4,14 @@
 // the chunks of a head are merged by their maxima and sums in rising order, whoever computes them (pipeline.h): the
 // bits do not depend on the number of threads. A chunk is three passes:
 //
-//   scores    for few queries lanes are the elements of a head: each key times all queries, in the order of memory,
-//   then
-//             the sums over the lanes of kLanes keys at a time; for more, lanes are keys, transposed as the forward
-//             transposes queries
+//   scores    few queries: lanes are the elements of a head; each key times all queries, then the sums over the lanes;
+//             more: lanes are keys, transposed as the forward transposes queries
 //   softmax   of the whole chunk
 //   outputs   lanes are the elements of a value
 //
 // Processors fetch ahead what is read in the order of memory, and nothing else as fast. So where the heads of a key lie
-// side by side, as in a page, a thread takes them together, a step of keys after the other; of the next page it asks
-// for the beginning, the processor does the rest. Keys are read where they lie (block_table), in runs of neighbours;
-// only what is not made of whole vectors is copied and padded.
+// side by side, as in a page, a thread takes them together, one step of keys after the other. Keys are read where they
+// lie (block_table), in runs of neighbours; only what is not made of whole vectors, or of one page, is copied.
 #include <cmath>
 
 #include "../pipeline.h"
@@ -30,9 +27,9 @@ constexpr int kStep = 64;
 constexpr int kRun = 16;                   // keys of a run at the most, where there are few queries
 constexpr int kRow = kChunk + 2 * kPanel;  // of scores: rows a power of two apart would share a set of the cache
 constexpr int kFewRows = 8;                // queries up to which transposing the keys costs more than it saves
-constexpr int kFewRowsAtOnce = 4;
-constexpr int kRowsTogether = 64;  // of all heads that are taken together: their scores stay in the cache
-constexpr int kAccumulators = kLanes == 16 ? 24 : 12;
+constexpr int kFewRowsAtOnce = 4;          // of them, against the same keys in registers
+constexpr int kRowsTogether = 64;          // of all heads that are taken together: their scores stay in the cache
+constexpr int kAccumulators = kMaxRows * kTileLanes / kLanes;  // sums that are kept in registers
 
 template <class T>
 constexpr int kElements = kDot<T> ? 2 * kLanes : kLanes;  // of a vector of words
@@ -51,13 +48,13 @@ struct Workspace {
   void* q;           // [rows][q_row]: the queries, padded with zeros
   float* s;          // [rows][kRow]: scores, then weights
   bf16* half;        // [rows][kRow]: the weights, with the dot product
-  void* copies;      // [kStep][q_row or o_row]: keys, or values, that are padded
+  void* copies;      // [kStep][q_row or o_row]: keys, or values, that cannot be read where they lie
   float* k;          // [kStep][q_row]: keys transposed
   vf* sums;          // [kFewRows][kRun]: scores that are still to be summed over their lanes
   void* zeros;       // stands for a row that there is none of
   int32_t *lo, *hi;  // [rows]: the key range of each row
   Partial chunk;
-  Partial head;  // of the head that the thread owns
+  Partial head;  // of the heads that the thread owns
 
   size_t carve(void* base, const AttentionParams& p) {
     const bool dot = kHasBf16Dot && p.dtype == DType::bf16;
@@ -135,7 +132,7 @@ struct Coming {
 };
 
 // sums[i][r] = query i times key r, lane by lane, for kRows of the queries of a head; q is [vector][query of the head].
-// A query's `size` elements, and those between its vectors, are whole vectors.
+// A query has `size` elements, whole vectors, which lie q_vectors apart.
 template <int kRows, int kKeys, class T, class Operand>
 PYATTN_INLINE void key_products(const T* keys, int64_t stride, const Operand* q, int64_t q_vectors, int64_t size,
                                 vf* sums) {
@@ -179,8 +176,7 @@ struct Values {
   Values from_lane(int more) const { return {first, second, stride, lane + more}; }
 };
 
-// sums[i] += the weights of row i times the values, of `vecs` vectors, for kRows rows; one value after the other, so
-// that the bits do not depend on where a run ends.
+// sums[i] += the weights of row i times the values, of `vecs` vectors, for kRows rows.
 template <int kRows, int kVecs, class T>
 PYATTN_INLINE void add_value_products(const char* weights, Values<T> values, const Coming<T>& coming, int words,
                                       float* sums, int64_t sums_row, int vecs) {
@@ -196,8 +192,8 @@ PYATTN_INLINE void add_value_products(const char* weights, Values<T> values, con
     if (vecs > 0) add_value_products<kRows, kVecs - 1>(weights, values, {}, words, sums, sums_row, vecs);
 }
 
-// The vectors of a value that are added up at once for so many rows; even, unless few_vectors
-constexpr int vecs_of(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+// The vectors of a value that are added up at once for so many rows; even, for pairs.
+constexpr int vecs_of(int rows) { return rows * 8 <= kAccumulators ? 8 : rows * 4 <= kAccumulators ? 4 : 2; }
 
 // Where element e of a value stands in a row of the output.
 template <class T>
@@ -253,13 +249,10 @@ struct Heads {
     return static_cast<U*>(tensor) + head_of(i) * stride.h + i % p.Lq * stride.l;
   }
 
-  // Chunk number n into w.chunk; false if no row sees a key of it.
-  bool chunk(int64_t n) const {
-    // A row without keys may stand anywhere: no page is past the length.
-    const int64_t last_hi = ranges.row(p.Lq - 1).hi, length = last_hi < ranges.length ? last_hi : ranges.length;
-    const int64_t lowest = ranges.row(0).lo, base = lowest / kStep * kStep + n * kChunk;
-    const int64_t begin = base > lowest ? base : lowest, end = base + kChunk < length ? base + kChunk : length;
-    if (begin >= end) return false;
+  // Chunk number n of the keys that are seen into w.chunk.
+  void chunk(int64_t n, const KeyRange& seen) const {
+    const int64_t base = seen.lo / kStep * kStep + n * kChunk;
+    const int64_t begin = std::max(base, seen.lo), end = std::min(base + kChunk, seen.hi);
     for (int i = 0; i < num_rows; ++i) {
       pack_query(i);
       const KeyRange range = ranges.row(i % p.Lq);
@@ -276,7 +269,6 @@ struct Heads {
     for_runs(values, begin, end, nullptr, [&](int head, int64_t key, int run, const T* rows, const T* next) {
       outputs(head, base, key, run, rows, next);
     });
-    return true;
   }
 
   // Calls visit(head, key, count, rows, next) for runs of keys of [begin, end), those of a step for all heads before
@@ -321,9 +313,8 @@ struct Heads {
     return any;
   }
 
-  // Keys, or values, [key, key + count) of a head, at `rows` if that is not null: where they are if they can be, else
-  // copies, padded with zeros. With
-  // `hides` values that are not finite become zeros.
+  // Keys, or values, [key, key + count) of a head: where they are, at `rows`, if they can be, else copies, padded with
+  // zeros. With `hides` values that are not finite become zeros. `rows` is null if they are not neighbours.
   Run<T> run_of(const KeyRows<T>& from, int head, int64_t key, int count, const T* rows, int64_t size, int64_t padded,
                 bool hides) const {
     bool copies = size != padded || !rows;
@@ -528,43 +519,60 @@ struct Heads {
   }
 
   void finish(const Partial& sums) const {
+    float* row = static_cast<float*>(w.copies);
     for (int i = 0; i < num_rows; ++i) {
       T* out = row_of<T>(p.out, p.out_stride, i);
       float sum = 0;
       for (int j = 0; j < kLanes; ++j) sum += sums.row_sum[i * kLanes + j];
       const RowEnd end(sums.row_max[i], sum, p.sinks ? p.sinks[head_of(i)] : -kInf);
-      for (int64_t e = 0; e < p.Dv; ++e) w.k[e] = sums.o[i * w.o_row + column<T>(e)];
-      store_row(w.k, static_cast<int>(p.Dv), end.factor, out);
+      for (int64_t e = 0; e < p.Dv; ++e) row[e] = sums.o[i * w.o_row + column<T>(e)];
+      store_row(row, static_cast<int>(p.Dv), end.factor, out);
       p.lse[head_of(i) * p.lse_stride_h + i % p.Lq] = end.lse;
     }
   }
 };
 
-// The key heads of a sample from `head` on that a thread takes together.
+// The key heads of a sample from `head` on that a thread takes together, and the keys that some row sees.
 struct Unit {
   const AttentionParams* sample;
   int64_t head;
   int num_heads;
+  KeyRange seen;
 };
+
+// A row without keys may stand anywhere: no page is past the length.
+KeyRange seen_of(const AttentionParams& sample) {
+  if (sample.Lq == 0) return {0, 0};
+  const KeyRanges ranges(sample);
+  return {ranges.row(0).lo, std::min(ranges.row(sample.Lq - 1).hi, ranges.length)};
+}
+
+int64_t chunks_of(const KeyRange& seen) {
+  return seen.lo < seen.hi ? (seen.hi - seen.lo / kStep * kStep + kChunk - 1) / kChunk : 0;
+}
+
+// How many key heads to take together: as many as lie side by side, while there is work enough for all threads.
+int64_t heads_together(const AttentionParams& sample, int64_t chunks_of_all, int threads) {
+  const int64_t rows = sample.Hq / sample.Hkv * sample.Lq;
+  const bool side_by_side = sample.block_table || sample.key_stride.h < sample.key_stride.l;
+  if (!side_by_side || rows == 0 || rows > kFewRows || chunks_of_all == 0) return 1;
+  const int64_t units = (4 * threads + chunks_of_all - 1) / chunks_of_all;  // that each sample should have
+  return std::max<int64_t>(std::min(kRowsTogether / rows, sample.Hkv / units), 1);
+}
 
 template <class T>
 void decode(const AttentionParams& p, const std::vector<AttentionParams>& samples, int threads) {
   std::vector<Unit> units;
   std::vector<int64_t> chunks;  // of each unit
-  int most_rows = 0;
+  int64_t chunks_of_all = 0, most_rows = 0;
+  for (const AttentionParams& sample : samples) chunks_of_all += chunks_of(seen_of(sample));
   for (const AttentionParams& sample : samples) {
-    const int64_t all = (sample.Lk + kStep - 1 + kChunk - 1) / kChunk;  // the first one may be short
-    const int64_t rows = p.Hq / p.Hkv * sample.Lq;
-    int64_t together = 1;
-    if ((sample.block_table || sample.key_stride.h < sample.key_stride.l) && rows > 0 && rows <= kFewRows) {
-      const int64_t samples_chunks = static_cast<int64_t>(samples.size()) * std::max<int64_t>(all, 1);
-      const int64_t wanted = (4 * threads + samples_chunks - 1) / samples_chunks;  // units of a sample
-      together = std::max<int64_t>(std::min(kRowsTogether / rows, p.Hkv / wanted), 1);
-    }
+    const KeyRange seen = seen_of(sample);
+    const int64_t together = heads_together(sample, chunks_of_all, threads);
+    most_rows = std::max(most_rows, together * p.Hq / p.Hkv * sample.Lq);
     for (int64_t head = 0; head < p.Hkv; head += together) {
-      units.push_back({&sample, head, min_int(together, p.Hkv - head)});
-      chunks.push_back(all);
-      most_rows = std::max(most_rows, static_cast<int>(units.back().num_heads * rows));
+      units.push_back({&sample, head, min_int(together, p.Hkv - head), seen});
+      chunks.push_back(chunks_of(seen));
     }
   }
   const auto heads = [&](int64_t u, const Workspace& w) {
@@ -572,11 +580,11 @@ void decode(const AttentionParams& p, const std::vector<AttentionParams>& sample
   };
   std::vector<Partial> sums(units.size());
   parallel_pipeline(
-      chunks, threads, [&] { return Workspace(p, most_rows); },
+      chunks, threads, [&] { return Workspace(p, static_cast<int>(most_rows)); },
       [&](int64_t u, const Workspace& w) { w.clear(sums[u] = w.head, w.rows); },
       [&](int64_t u, int64_t n, const Turn& turn, const Workspace& w) {
         const Heads<T> taken = heads(u, w);
-        if (!taken.chunk(n)) return;
+        taken.chunk(n, units[u].seen);
         turn.wait(1);
         w.merge(sums[u], taken.num_rows);
       },

@@ -330,7 +330,7 @@ void attention_forward(const AttentionParams& p, int threads) {
   double pairs = 0, keys = 0;
   for (const AttentionParams& sample : samples) {
     pairs += static_cast<double>(p.Hq * pairs_of(sample));
-    keys += static_cast<double>(p.Hkv * sample.Lk);
+    keys += static_cast<double>(p.Hkv * keys_of(sample));
   }
   const double flops = 2.0 * static_cast<double>(p.D + p.Dv);
   if (flops * pairs < 5e6 && flops * keys < 1e6) threads = 1;
