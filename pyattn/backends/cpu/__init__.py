@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, empty_output, lse_shape
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, absent, empty_output, lse_shape
 
 try:
     from pyattn import _native
@@ -28,7 +28,6 @@ MAX_HEAD_DIM = 512
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # the codes of csrc/params.h
 _UNLIMITED = -1
 _NO_SIZES = (0, 0, 0, 0)
-_NO_OPTIONS = (None,) * 10  # attn_mask to dropout_seed of AttentionTensors
 _NO_ADDRESSES = (0,) * 9
 
 
@@ -193,14 +192,14 @@ def _address(x: Tensor | None) -> int:
 def _call(spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse: Tensor) -> _Call:
     query, key, value = t[:3]
     addresses = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr())
-    if t[3:] == _NO_OPTIONS:
+    if absent(t[3:]):
         plan = _plan(
             spec, query.dtype, query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()
         )
         return plan, addresses + _NO_ADDRESSES, 0, ()
 
     def copied(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        return None if x is None else x.detach().to(dtype).contiguous()
+        return x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.detach().to(dtype).contiguous()
 
     mask, table = t.attn_mask, t.block_table
     mask_meta: tuple[Any, ...] = (torch.bool, _NO_SIZES)
