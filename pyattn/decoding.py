@@ -158,7 +158,7 @@ def attention_with_kv_cache(
             q_offset = torch.tensor(append.firsts, device="cpu").to(query.device, non_blocking=True)
     query, key = _turn(query, key, cache, append, rotary, positions)
     buffers = _masked(cache, append, attn_mask)
-    starts, ends, _ = (cache.span if append is None else append.span).tensors
+    span = cache.span if append is None else append.span
     autocasts = checks.autocasts(query)  # else it would cast the cache, anew in each call
     with torch.autocast(query.device.type, enabled=False) if autocasts else contextlib.nullcontext():
         call, tensors = functional.prepare(
@@ -171,8 +171,8 @@ def attention_with_kv_cache(
             alibi_slopes=alibi_slopes,
             softcap=softcap,
             sinks=sinks,
-            kv_lengths=ends,
-            kv_starts=starts,
+            kv_lengths=span.tensor("lengths"),
+            kv_starts=span.tensor("starts") if any(span.starts) else None,
             block_table=buffers[2],
             scale=scale,
             return_lse=return_lse,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyattn import checks, dispatch, nested, ops, reference
 from pyattn.explanation import Explanation
-from pyattn.spec import AttentionSpec, AttentionTensors, Problem
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, absent
 
 Window = tuple[int | None, int | None]
 _MOST_PREPARED = 4096
@@ -119,18 +119,17 @@ def _kind(t: AttentionTensors, dropout_p: float, numbers: tuple[Any, ...]) -> tu
         or not (window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window)))
     ):
         return None
-    given = [x for x in t if x is not None]
+    given = t[:3] if absent(t[6:10]) else [x for x in t if x is not None]
     if not ops.unobserved(given):
         return None
     if t.block_table is not None and torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return None  # which is refused
-    metas = tuple([x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in t])
-    kind = (metas, numbers, tuple(map(type, numbers)))  # True and 1.0 equal 1
     try:
         hash(numbers)
     except TypeError:
         return None
-    return kind
+    metas = [(x.shape, x.stride(), x.dtype, x.device) for x in given]
+    return numbers, *map(type, numbers), *map(type, t[6:10]), *metas  # True and 1.0 equal 1
 
 
 def prepare(

@@ -9,25 +9,28 @@ import torch
 from torch import Tensor
 
 from pyattn import checks, kv_cache_ops, kv_cache_state
+from pyattn.kv_cache_ops import Run
 from pyattn.paging import Growth, PageTables
 
 Ints = Sequence[int] | Tensor
 _MOST_MOVED = 4096  # keys of a sample that are copied at once when they move within their buffer
 
 
-class Span(NamedTuple):
-    """What of its buffer each sample uses: numbers for decisions, tensors for kernels."""
+class Span:
+    """What of its buffer each sample uses: numbers for decisions; tensors for kernels, made when they are asked for."""
 
-    starts: list[int]
-    lengths: list[int]
-    seen: list[int]
-    tensors: tuple[Tensor, Tensor, Tensor]  # the same, int32 [B]
+    def __init__(self, starts: list[int], lengths: list[int], seen: list[int], device: torch.device) -> None:
+        self.starts, self.lengths, self.seen = self.numbers = starts, lengths, seen
+        self._device = device
+        self._tensors: dict[str, Tensor] = {}
 
-    @staticmethod
-    def of(starts: list[int], lengths: list[int], seen: list[int], device: torch.device) -> Span:
-        numbers = torch.tensor([starts, lengths, seen], dtype=torch.int32, device="cpu")
-        starts_, lengths_, seen_ = numbers.to(device, non_blocking=True).unbind()
-        return Span(starts, lengths, seen, (starts_, lengths_, seen_))
+    def tensor(self, name: str) -> Tensor:
+        """The numbers of that name, int32 ``[B]``."""
+        if name not in self._tensors:
+            with torch.inference_mode(False):  # or they could not be saved for a backward
+                numbers = torch.tensor(getattr(self, name), dtype=torch.int32, device="cpu")
+                self._tensors[name] = numbers.to(self._device, non_blocking=True)
+        return self._tensors[name]
 
 
 class Append(NamedTuple):
@@ -140,17 +143,17 @@ class KVCache:
     @property
     def starts(self) -> Tensor:
         """int32 ``[B]``, the first live buffer index of each sample."""
-        return self.span.tensors[0]
+        return self.span.tensor("starts")
 
     @property
     def lengths(self) -> Tensor:
         """int32 ``[B]``, one past the last live buffer index of each sample."""
-        return self.span.tensors[1]
+        return self.span.tensor("lengths")
 
     @property
     def seen(self) -> Tensor:
         """int32 ``[B]``, the position in its text of the next token of each sample."""
-        return self.span.tensors[2]
+        return self.span.tensor("seen")
 
     @property
     def block_table(self) -> Tensor | None:
@@ -196,8 +199,7 @@ class KVCache:
         return counts
 
     def _spanning(self, starts: list[int], lengths: list[int], seen: list[int]) -> Span:
-        with torch.inference_mode(False):
-            return Span.of(starts, lengths, seen, self.device)
+        return Span(starts, lengths, seen, self.device)
 
     # ---- append ---------------------------------------------------------------------------------------------
 
@@ -245,12 +247,10 @@ class KVCache:
             source, target = self._index(torch.tensor(append.growth.copies, device="cpu").T).unbind()
             for buffer in (self.key, self.value):
                 buffer[target] = buffer[source]
-        kv_cache_ops.append(self.key, self.value, append.key, append.value, *self._places(append))
+        kv_cache_ops.append(self.key, self.value, append.key, append.value, self._runs(append))
         if self._pages is not None and append.growth is not None:
-            self._pages.grow(append.growth)
-            for b, (first, entries) in enumerate(zip(append.growth.firsts, append.growth.entries, strict=True)):
-                if entries:
-                    self._write_table(b, first)
+            for b in self._pages.grow(append.growth):
+                self._write_table(b, append.growth.firsts[b])
         self.span = append.span
 
     def make_room(self, length: int) -> None:
@@ -281,7 +281,7 @@ class KVCache:
     def _shift(self, shifts: list[int]) -> None:
         if not any(shifts):
             return
-        starts, lengths, seen, _ = self.span
+        starts, lengths, seen = self.span.numbers
         for b, shift in enumerate(shifts):
             if shift and self._pages is not None:
                 self._pages.drop(b, shift // self._pages.page_size)
@@ -294,23 +294,19 @@ class KVCache:
         starts, lengths = ([x - shift for x, shift in zip(n, shifts, strict=True)] for n in (starts, lengths))
         self.span = self._spanning(starts, lengths, seen)
 
-    def _places(self, append: Append) -> tuple[Tensor, Tensor]:
-        """Which tokens are written, and where: the index tensors of ``kv_cache_ops.append``."""
-        steps = torch.arange(append.key.shape[2], device="cpu")
-        counts, firsts = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in (append.counts, append.firsts))
-        written = steps < counts[:, None]  # [B, L]
-        index = firsts[:, None] + steps
-        if append.growth is None:
-            slots = index + self._room * torch.arange(self.batch, device="cpu")[:, None]
-        else:
-            assert self.page_size is not None
-            slots = torch.zeros_like(index)
-            for b, (first, entries) in enumerate(zip(append.growth.firsts, append.growth.entries, strict=True)):
-                count = append.counts[b]
-                if count:
-                    page, offset = index[b, :count] // self.page_size - first, index[b, :count] % self.page_size
-                    slots[b, :count] = torch.tensor(entries, device="cpu")[page] * self.page_size + offset
-        return self._index(written.flatten().nonzero().flatten()), self._index(slots[written])
+    def _runs(self, append: Append) -> list[Run]:
+        """Where the tokens of an append go."""
+        if append.growth is None or self.page_size is None:
+            places = zip(append.firsts, append.counts, strict=True)
+            return [Run(b, 0, b, first, count) for b, (first, count) in enumerate(places) if count]
+        runs = []
+        for b, (first, count) in enumerate(zip(append.firsts, append.counts, strict=True)):
+            token, inner = 0, first % self.page_size
+            for page in append.growth.entries[b]:
+                length = min(self.page_size - inner, count - token)
+                runs.append(Run(b, token, page, inner, length))
+                token, inner = token + length, 0
+        return runs
 
     def _index(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
@@ -342,7 +338,7 @@ class KVCache:
         changed = [b for b, i in enumerate(order) if b != i]
         if not changed:
             return
-        starts, lengths, seen = ([numbers[i] for i in order] for numbers in self.span[:3])
+        starts, lengths, seen = ([numbers[i] for i in order] for numbers in self.span.numbers)
         if self._pages is not None:
             self._pages.reorder(order)
             for b in changed:
@@ -390,8 +386,8 @@ class KVCache:
         """
         if checks.check_int("window", window) < 0:
             raise ValueError(f"window must be at least 0, got {window}")
-        _, lengths, seen, _ = self.span
-        starts = [max(start, end - window) for start, end in zip(self.span.starts, lengths, strict=True)]
+        starts, lengths, seen = self.span.numbers
+        starts = [max(start, end - window) for start, end in zip(starts, lengths, strict=True)]
         if self._pages is not None:
             for b, start in enumerate(starts):
                 self._pages.free_before(b, start)
@@ -408,7 +404,7 @@ class KVCache:
             TypeError, ValueError: naming the argument.
         """
         ends = checks.check_numbers("lengths", lengths, self.batch)
-        starts, before, seen, _ = self.span
+        starts, before, seen = self.span.numbers
         if any(not start <= end <= was for start, end, was in zip(starts, ends, before, strict=True)):
             raise ValueError(f"lengths must lie between the cache's starts {starts} and lengths {before}, got {ends}")
         if self._pages is not None:
@@ -430,15 +426,14 @@ class KVCache:
         if self._pages is not None:
             for b in chosen:
                 self._pages.free_from(b, 0)
-        starts, lengths, seen = ([0 if b in chosen else n for b, n in enumerate(x)] for x in self.span[:3])
+        starts, lengths, seen = ([0 if b in chosen else n for b, n in enumerate(x)] for x in self.span.numbers)
         self.span = self._spanning(starts, lengths, seen)
 
     # ---- save and load --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of what is in use, of tensors and numbers, for ``torch.save``; shared pages stay shared."""
-        names = ("starts", "lengths", "seen")
-        state: dict[str, Any] = {n: x.clone() for n, x in zip(names, self.span.tensors, strict=True)}
+        state: dict[str, Any] = {n: self.span.tensor(n).clone() for n in ("starts", "lengths", "seen")}
         state |= {"page_size": self.page_size, "block_table": None}
         if self._pages is None:
             end = max(self.span.lengths, default=0)

@@ -57,7 +57,10 @@ class AttentionTensors(NamedTuple):
 
 def absent(tensors: Sequence[Tensor | None]) -> bool:
     """Whether none is given. By identity: to compare a tensor with None takes torch as long as an op."""
-    return all([x is None for x in tensors])
+    for x in tensors:  # noqa: SIM110 - a generator takes twice as long
+        if x is not None:
+            return False
+    return True
 
 
 class TensorMeta(NamedTuple):
