@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ class Span:
     def tensor(self, name: str) -> Tensor:
         """The numbers of that name, int32 ``[B]``."""
         if name not in self._tensors:
-            with torch.inference_mode(False):  # or they could not be saved for a backward
+            inference = torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if inference else contextlib.nullcontext():  # a backward may save them
                 numbers = torch.tensor(getattr(self, name), dtype=torch.int32, device="cpu")
                 self._tensors[name] = numbers.to(self._device, non_blocking=True)
         return self._tensors[name]
@@ -231,13 +233,14 @@ class KVCache:
         checks.check_shape("value", value, (*key.shape[:3], self.v_head_dim), "[B, Hkv, L, Dv] with key's L")
         counts = self._counts(key.shape[2], lengths)
         shifts = self._shifts(counts)
-        starts = [start - shift for start, shift in zip(self.span.starts, shifts, strict=True)]
-        firsts = [length - shift for length, shift in zip(self.span.lengths, shifts, strict=True)]
+        starts, firsts, seen = self.span.numbers
+        if any(shifts):
+            starts, firsts = ([x - shift for x, shift in zip(n, shifts, strict=True)] for n in (starts, firsts))
         after = [first + count for first, count in zip(firsts, counts, strict=True)]
         growth = None
         if self._pages is not None:
             growth = self._pages.growth(firsts, after, [shift // self._pages.page_size for shift in shifts])
-        seen = [n + count for n, count in zip(self.span.seen, counts, strict=True)]
+        seen = [n + count for n, count in zip(seen, counts, strict=True)]
         return Append(key, value, counts, shifts, firsts, growth, self._spanning(starts, after, seen))
 
     def commit(self, append: Append) -> None:
@@ -249,8 +252,7 @@ class KVCache:
                 buffer[target] = buffer[source]
         kv_cache_ops.append(self.key, self.value, append.key, append.value, self._runs(append))
         if self._pages is not None and append.growth is not None:
-            for b in self._pages.grow(append.growth):
-                self._write_table(b, append.growth.firsts[b])
+            self._write_tables({b: append.growth.firsts[b] for b in self._pages.grow(append.growth)})
         self.span = append.span
 
     def make_room(self, length: int) -> None:
@@ -285,7 +287,7 @@ class KVCache:
         for b, shift in enumerate(shifts):
             if shift and self._pages is not None:
                 self._pages.drop(b, shift // self._pages.page_size)
-                self._write_table(b, 0)
+                self._write_tables({b: 0})
             elif shift:  # to the front, piece by piece: what is overwritten has moved already, or is in the clone
                 for i in range(starts[b], lengths[b], _MOST_MOVED):
                     piece = slice(i, min(i + _MOST_MOVED, lengths[b]))
@@ -311,12 +313,18 @@ class KVCache:
     def _index(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
 
-    def _write_table(self, b: int, first: int) -> None:
-        """The entries of sample b from ``first`` on; those of freed pages are not read, but must be pages."""
+    def _write_tables(self, firsts: Mapping[int, int]) -> None:
+        """The entries of samples, each from its first on; those of freed pages are not read, but must be pages."""
         assert self._pages is not None and self._block_table is not None
-        entries = [page or 0 for page in self._pages.tables[b][first:]]
-        row = torch.tensor(entries, dtype=torch.int32, device="cpu")
-        self._block_table[b, first : first + len(entries)] = self._index(row)
+        places: list[int] = []
+        pages: list[int] = []
+        for b, first in firsts.items():
+            pages += [page or 0 for page in self._pages.tables[b][first:]]
+            begin = b * self._block_table.shape[1] + first
+            places += range(begin, begin + len(pages) - len(places))
+        if places:
+            index = self._index(torch.tensor(places, device="cpu"))
+            self._block_table.view(-1)[index] = self._index(torch.tensor(pages, dtype=torch.int32, device="cpu"))
 
     # ---- samples --------------------------------------------------------------------------------------------
 
@@ -341,8 +349,7 @@ class KVCache:
         starts, lengths, seen = ([numbers[i] for i in order] for numbers in self.span.numbers)
         if self._pages is not None:
             self._pages.reorder(order)
-            for b in changed:
-                self._write_table(b, 0)
+            self._write_tables(dict.fromkeys(changed, 0))
         else:
             live = slice(min(starts[b] for b in changed), max(lengths[b] for b in changed))
             target, source = self._index(torch.tensor([changed, [order[b] for b in changed]], device="cpu")).unbind()
@@ -464,6 +471,5 @@ class KVCache:
             used.copy_(saved)
         if self._pages is not None:
             self._pages.restore(tables)
-            for b in range(self.batch):
-                self._write_table(b, 0)
+            self._write_tables(dict.fromkeys(range(self.batch), 0))
         self.span = self._spanning(starts, lengths, seen)

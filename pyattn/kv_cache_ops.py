@@ -15,6 +15,7 @@ library.define(
     "kv_cache_append(Tensor(a!) key_buffer, Tensor(b!) value_buffer, Tensor key, Tensor value, Tensor tokens, "
     "Tensor slots) -> ()"
 )
+_FEW_RUNS = 2  # up to which slices take less time than an index
 _append_op = torch.ops.pyattn.kv_cache_append.default
 
 
@@ -87,18 +88,22 @@ def append(key_buffer: Tensor, value_buffer: Tensor, key: Tensor, value: Tensor,
     """
     B, H, L, _ = key.shape
     size, device = key_buffer.shape[2], key.device
+    both = (key_buffer, key), (value_buffer, value)
     if not unobserved((key_buffer, value_buffer, key, value)):
         lengths = [run.length for run in runs]
         tokens = _spread([run.sample * L + run.token for run in runs], lengths, device)
         slots = _spread([run.outer * size + run.inner for run in runs], lengths, device)
         _append_op(key_buffer, value_buffer, key, value, tokens, slots)
-        return
-    # A row is a head of a token. All rows of the new tensors are taken, in their order, or some.
-    lengths = [run.length for run in runs for _ in range(H)]
-    target = _spread([(run.outer * H + h) * size + run.inner for run in runs for h in range(H)], lengths, device)
-    source = None
-    if len(runs) != B or sum(lengths) != B * H * L:
-        source = _spread([(run.sample * H + h) * L + run.token for run in runs for h in range(H)], lengths, device)
-    for buffer, new in ((key_buffer, key), (value_buffer, value)):
-        rows = new.reshape(B * H * L, new.shape[3])
-        buffer.view(-1, buffer.shape[3]).index_copy_(0, target, rows if source is None else rows[source])
+    elif len(runs) <= _FEW_RUNS:
+        for sample, token, outer, inner, length in runs:
+            for buffer, new in both:
+                buffer[outer, :, inner : inner + length] = new[sample, :, token : token + length]
+    else:  # by rows, of one head and token each: all of the new ones, in their order, or some
+        lengths = [run.length for run in runs for _ in range(H)]
+        target = _spread([(run.outer * H + h) * size + run.inner for run in runs for h in range(H)], lengths, device)
+        source = None
+        if len(runs) != B or sum(lengths) != B * H * L:
+            source = _spread([(run.sample * H + h) * L + run.token for run in runs for h in range(H)], lengths, device)
+        for buffer, new in both:
+            rows = new.reshape(B * H * L, new.shape[3])
+            buffer.view(-1, buffer.shape[3]).index_copy_(0, target, rows if source is None else rows[source])
