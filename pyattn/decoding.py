@@ -179,6 +179,6 @@ def attention_with_kv_cache(
             backend=backend,
         )
         call.backend("forward", tensors)  # a refusal comes before the cache changes
-        if append is not None and key is not None:
-            cache.commit(append._replace(key=key))
+        if append is not None and key is not None and value is not None:
+            cache.commit(append, key, value)
         return ops.attention(call, tensors, trusted=True)  # the cache's own numbers are right

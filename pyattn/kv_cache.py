@@ -26,20 +26,19 @@ class Span:
         self._tensors: dict[str, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
-        """The numbers of that name, int32 ``[B]``."""
+        """The numbers of that name, ``[B]``: int64, which the CPU's kernels read, or int32 for those of a device."""
         if name not in self._tensors:
             inference = torch.is_inference_mode_enabled()
             with torch.inference_mode(False) if inference else contextlib.nullcontext():  # a backward may save them
-                numbers = torch.tensor(getattr(self, name), dtype=torch.int32, device="cpu")
+                dtype = torch.int64 if self._device.type == "cpu" else torch.int32
+                numbers = torch.tensor(getattr(self, name), dtype=dtype, device="cpu")
                 self._tensors[name] = numbers.to(self._device, non_blocking=True)
         return self._tensors[name]
 
 
 class Append(NamedTuple):
-    """Tokens that fit, and what it takes to write them."""
+    """What it takes to write tokens that fit."""
 
-    key: Tensor
-    value: Tensor
     counts: list[int]  # tokens of each sample
     shifts: list[int]  # by how much the indices of each sample go down before
     firsts: list[int]  # of each sample, the buffer index of its first token
@@ -145,17 +144,17 @@ class KVCache:
     @property
     def starts(self) -> Tensor:
         """int32 ``[B]``, the first live buffer index of each sample."""
-        return self.span.tensor("starts")
+        return self.span.tensor("starts").to(torch.int32)
 
     @property
     def lengths(self) -> Tensor:
         """int32 ``[B]``, one past the last live buffer index of each sample."""
-        return self.span.tensor("lengths")
+        return self.span.tensor("lengths").to(torch.int32)
 
     @property
     def seen(self) -> Tensor:
         """int32 ``[B]``, the position in its text of the next token of each sample."""
-        return self.span.tensor("seen")
+        return self.span.tensor("seen").to(torch.int32)
 
     @property
     def block_table(self) -> Tensor | None:
@@ -182,7 +181,7 @@ class KVCache:
         if checks.check_int("length", length) < 0:
             raise ValueError(f"length must be at least 0, got {length}")
         steps = torch.arange(length, device=self.device)
-        positions = self.seen.to(torch.int64)[:, None] + steps
+        positions = self.span.tensor("seen").to(torch.int64)[:, None] + steps
         if lengths is None:
             return positions
         counts = self._index(torch.tensor(self._counts(length, lengths), dtype=torch.int64, device="cpu"))
@@ -218,7 +217,7 @@ class KVCache:
                 enough.
             NotImplementedError: key or value requires a gradient.
         """
-        self.commit(self.prepare(key, value, lengths))
+        self.commit(self.prepare(key, value, lengths), key, value)
 
     def prepare(self, key: Tensor, value: Tensor, lengths: Ints | None = None) -> Append:
         """Does all that ``append`` refuses for, and writes nothing: ``commit`` must follow before anything else."""
@@ -241,16 +240,16 @@ class KVCache:
         if self._pages is not None:
             growth = self._pages.growth(firsts, after, [shift // self._pages.page_size for shift in shifts])
         seen = [n + count for n, count in zip(seen, counts, strict=True)]
-        return Append(key, value, counts, shifts, firsts, growth, self._spanning(starts, after, seen))
+        return Append(counts, shifts, firsts, growth, self._spanning(starts, after, seen))
 
-    def commit(self, append: Append) -> None:
-        """Writes what has been prepared."""
+    def commit(self, append: Append, key: Tensor, value: Tensor) -> None:
+        """Writes what has been prepared: these keys, and values, or turned ones."""
         self._shift(append.shifts)
         if append.growth is not None and append.growth.copies:
             source, target = self._index(torch.tensor(append.growth.copies, device="cpu").T).unbind()
             for buffer in (self.key, self.value):
                 buffer[target] = buffer[source]
-        kv_cache_ops.append(self.key, self.value, append.key, append.value, self._runs(append))
+        kv_cache_ops.append(self.key, self.value, key, value, self._runs(append))
         if self._pages is not None and append.growth is not None:
             self._write_tables({b: append.growth.firsts[b] for b in self._pages.grow(append.growth)})
         self.span = append.span
@@ -440,7 +439,7 @@ class KVCache:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of what is in use, of tensors and numbers, for ``torch.save``; shared pages stay shared."""
-        state: dict[str, Any] = {n: self.span.tensor(n).clone() for n in ("starts", "lengths", "seen")}
+        state: dict[str, Any] = {n: getattr(self, n).clone() for n in ("starts", "lengths", "seen")}
         state |= {"page_size": self.page_size, "block_table": None}
         if self._pages is None:
             end = max(self.span.lengths, default=0)
