@@ -28,11 +28,15 @@ class Span:
     def tensor(self, name: str) -> Tensor:
         """The numbers of that name, ``[B]``: int64, which the CPU's kernels read, or int32 for those of a device."""
         if name not in self._tensors:
+            numbers: list[int] = getattr(self, name)
+            dtype = torch.int64 if self._device.type == "cpu" else torch.int32
             inference = torch.is_inference_mode_enabled()
             with torch.inference_mode(False) if inference else contextlib.nullcontext():  # a backward may save them
-                dtype = torch.int64 if self._device.type == "cpu" else torch.int32
-                numbers = torch.tensor(getattr(self, name), dtype=dtype, device="cpu")
-                self._tensors[name] = numbers.to(self._device, non_blocking=True)
+                if len(set(numbers)) == 1:  # which takes half the time, and copies nothing to a device
+                    x = torch.full((len(numbers),), numbers[0], dtype=dtype, device=self._device)
+                else:
+                    x = torch.tensor(numbers, dtype=dtype, device="cpu").to(self._device, non_blocking=True)
+            self._tensors[name] = x
         return self._tensors[name]
 
 

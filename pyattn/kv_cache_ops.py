@@ -97,7 +97,8 @@ def append(key_buffer: Tensor, value_buffer: Tensor, key: Tensor, value: Tensor,
     elif len(runs) <= _FEW_RUNS:
         for sample, token, outer, inner, length in runs:
             for buffer, new in both:
-                buffer[outer, :, inner : inner + length] = new[sample, :, token : token + length]
+                rows = new[sample] if length == L else new[sample, :, token : token + length]
+                buffer[outer, :, inner : inner + length] = rows
     else:  # by rows, of one head and token each: all of the new ones, in their order, or some
         lengths = [run.length for run in runs for _ in range(H)]
         target = _spread([(run.outer * H + h) * size + run.inner for run in runs for h in range(H)], lengths, device)
