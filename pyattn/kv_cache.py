@@ -14,6 +14,7 @@ from pyattn.kv_cache_ops import Run
 from pyattn.paging import Growth, PageTables
 
 Ints = Sequence[int] | Tensor
+_FEW_ENTRIES = 4  # of a block table, up to which an index tensor does not pay
 _MOST_MOVED = 4096  # keys of a sample that are copied at once when they move within their buffer
 
 
@@ -325,9 +326,13 @@ class KVCache:
             pages += [page or 0 for page in self._pages.tables[b][first:]]
             begin = b * self._block_table.shape[1] + first
             places += range(begin, begin + len(pages) - len(places))
-        if places:
+        entries = self._block_table.view(-1)
+        if len(places) <= _FEW_ENTRIES:
+            for place, page in zip(places, pages, strict=True):
+                entries[place] = page
+        else:
             index = self._index(torch.tensor(places, device="cpu"))
-            self._block_table.view(-1)[index] = self._index(torch.tensor(pages, dtype=torch.int32, device="cpu"))
+            entries[index] = self._index(torch.tensor(pages, dtype=torch.int32, device="cpu"))
 
     # ---- samples --------------------------------------------------------------------------------------------
 
