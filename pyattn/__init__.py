@@ -5,17 +5,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pyattn import flops, nn
 from pyattn.decoding import attention_with_kv_cache
 from pyattn.dispatch import SlowPathWarning
-from pyattn.functional import (
-    attention,
-    attention_varlen,
-    explain,
-    naive_attention,
-    scaled_dot_product_attention,
-)
+from pyattn.functional import attention, attention_varlen, explain, naive_attention
 from pyattn.kv_cache import KVCache
 from pyattn.log import logging
 from pyattn.merging import merge_attention
 from pyattn.projection import Rotary, apply_rotary, explain_projection, output_projection, qkv_projection
+from pyattn.sdpa import scaled_dot_product_attention
 
 flops.register()
 try:

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyattn.spec import AttentionTensors
+from pyattn.spec import AttentionTensors, absent
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 _LARGEST_NUMBER = torch.finfo(torch.float32).max  # kernels compute in float32
-_NO_FAMILY = (None,) * 6  # alibi_slopes to block_table of AttentionTensors
-_NO_INDICES = (None,) * 5  # kv_lengths to cu_seqlens_k
 CHECK_DEVICE_VALUES = os.environ.get("PYATTN_CHECK") == "1"
 
 
@@ -157,7 +155,7 @@ def check_cu_seqlens(name: str, x: Any, query: Tensor, batch: int | None) -> Non
 
 def check_family(t: AttentionTensors, batch: int) -> None:
     """The optional tensors that both ``attention`` and ``attention_varlen`` take."""
-    if t[4:10] == _NO_FAMILY:
+    if absent(t[4:10]):  # alibi_slopes to block_table
         return
     query = t.query
     num_heads = query.shape[1]
@@ -202,9 +200,29 @@ def check_gradients(names: Sequence[str], *, paged: bool) -> None:
 # ---- values -------------------------------------------------------------------------------------------------------
 
 
-def _within(name: str, x: Tensor, low: int, high: int, meaning: str) -> None:
-    if x.numel() and not (low <= int(x.min()) and int(x.max()) <= high):
-        raise ValueError(f"{name} must lie in [{low}, {high}] ({meaning}), got {x.tolist()}")
+def _is_small(x: Tensor) -> bool:
+    """Whether Python is through its numbers before torch has begun."""
+    return x.is_cpu and x.numel() <= 256
+
+
+def _within(name: str, x: Tensor | list[int], low: int, high: int, meaning: str) -> None:
+    numbers = x.flatten().tolist() if isinstance(x, Tensor) and _is_small(x) else x
+    if isinstance(numbers, Tensor):
+        within = numbers.numel() == 0 or (low <= int(numbers.min()) and int(numbers.max()) <= high)
+    else:
+        within = not numbers or (low <= min(numbers) and max(numbers) <= high)
+    if not within:
+        raise ValueError(
+            f"{name} must lie in [{low}, {high}] ({meaning}), got {x.tolist() if isinstance(x, Tensor) else x}"
+        )
+
+
+def _pages_in_use(block_table: Tensor, kv_lengths: Tensor, page_size: int) -> Tensor | list[int]:
+    if _is_small(block_table):
+        rows = zip(block_table.tolist(), kv_lengths.tolist(), strict=True)
+        return [page for row, length in rows for page in row[: -(-length // page_size)]]
+    pages = -(-kv_lengths // page_size)
+    return block_table[torch.arange(block_table.shape[1], device=pages.device) < pages[:, None]]
 
 
 def _check_rises(name: str, x: Tensor, total: int, longest: int | None) -> None:
@@ -219,7 +237,7 @@ def _check_rises(name: str, x: Tensor, total: int, longest: int | None) -> None:
 
 def check_values(t: AttentionTensors, max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:
     """Lengths, starts, cumulative lengths and page numbers, where they can be read without synchronising."""
-    if t[7:12] == _NO_INDICES:
+    if absent(t[7:12]):  # kv_lengths to cu_seqlens_k
         return
     if t.query.device.type != "cpu" and not CHECK_DEVICE_VALUES:
         return
@@ -244,8 +262,7 @@ def check_values(t: AttentionTensors, max_seqlen_q: int | None, max_seqlen_k: in
                 f"{name} must lie between 0 and the keys of each sequence {available.tolist()}, got {x.tolist()}"
             )
     if t.block_table is not None and t.kv_lengths is not None:
-        pages = -(-t.kv_lengths // t.key.shape[2])
-        used = t.block_table[torch.arange(t.block_table.shape[1], device=pages.device) < pages[:, None]]
+        used = _pages_in_use(t.block_table, t.kv_lengths, t.key.shape[2])
         _within("block_table", used, 0, t.key.shape[0] - 1, "the pages of key, for every page in use")
 
 

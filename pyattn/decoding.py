@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyattn import checks, dispatch, functional, ops, projection
+from pyattn import checks, functional, ops, projection
 from pyattn.functional import Window
 from pyattn.kv_cache import Append, Ints, KVCache
 from pyattn.projection import Rotary
-from pyattn.spec import Problem
 
 
 def _check(query: Any, cache: Any, key: Any, value: Any, lengths: Any) -> None:
@@ -147,8 +146,6 @@ def attention_with_kv_cache(
         >>> last = pyattn.attention_with_kv_cache(q[:, :, 29:], cache, k[:, :, 29:], v[:, :, 29:])
         >>> torch.testing.assert_close(torch.cat((first, last), 2), pyattn.attention(q, k, v, causal=True))
     """
-    name = dispatch.check_backend(backend)
-    checks.check_bool("return_lse", return_lse)
     _check(query, cache, key, value, lengths)
     query = query if query.stride(-1) == 1 else query.contiguous()
     append = None
@@ -161,10 +158,10 @@ def attention_with_kv_cache(
             q_offset = torch.tensor(append.firsts, device="cpu").to(query.device, non_blocking=True)
     query, key = _turn(query, key, cache, append, rotary, positions)
     buffers = _masked(cache, append, attn_mask)
-    starts, ends, _ = (cache.span if append is None else append.span).tensors
+    span = cache.span if append is None else append.span
     autocasts = checks.autocasts(query)  # else it would cast the cache, anew in each call
     with torch.autocast(query.device.type, enabled=False) if autocasts else contextlib.nullcontext():
-        spec, tensors = functional.dense(
+        call, tensors = functional.prepare(
             query,
             *buffers[:2],
             causal=causal,
@@ -174,13 +171,14 @@ def attention_with_kv_cache(
             alibi_slopes=alibi_slopes,
             softcap=softcap,
             sinks=sinks,
-            kv_lengths=ends,
-            kv_starts=starts,
+            kv_lengths=span.tensor("lengths"),
+            kv_starts=span.tensor("starts") if any(span.starts) else None,
             block_table=buffers[2],
             scale=scale,
+            return_lse=return_lse,
+            backend=backend,
         )
-        dispatch.select(Problem.of("forward", spec, tensors), name)  # a refusal comes before the cache changes
-        if append is not None and key is not None:
-            cache.commit(append._replace(key=key))
-        out, lse = ops.attention(spec, tensors, name)
-    return (out, lse) if return_lse else out
+        call.backend("forward", tensors)  # a refusal comes before the cache changes
+        if append is not None and key is not None and value is not None:
+            cache.commit(append, key, value)
+        return ops.attention(call, tensors, trusted=True)  # the cache's own numbers are right

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyattn import checks, dispatch, nested, ops, reference
 from pyattn.explanation import Explanation
-from pyattn.spec import AttentionSpec, AttentionTensors, Problem
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, absent
 
 Window = tuple[int | None, int | None]
-_NO_OPTIONS = (None,) * 6
 _MOST_PREPARED = 4096
-_prepared: dict[tuple[Any, ...], ops.Call] = {}  # calls of query, key and value alone that have passed the checks
+_prepared: dict[tuple[Any, ...], ops.Call] = {}  # the kinds of calls that have passed the checks
 
 
 def _spec(
@@ -109,29 +106,87 @@ def dense(
     return result
 
 
-def _plain_call(
-    query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...], dropout_p: float, numbers: tuple[Any, ...]
-) -> tuple[Any, ...] | None:
-    """All that the checks of a call look at, hashable; None unless it is query, key and value alone, and unobserved."""
-    window, q_offset = numbers[1:3]
+def _kind(t: AttentionTensors, dropout_p: float, numbers: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that the checks of a call look at, but the values in its tensors, hashable.
+
+    None for what is seldom called again and again, or observed: masks, slopes, sinks and dropout are.
+    """
+    window = numbers[1]
     if (
-        not all(map(operator.is_, options, _NO_OPTIONS))
-        or type(dropout_p) is not float
+        type(dropout_p) is not float
         or dropout_p
+        or not (t.attn_mask is t.alibi_slopes is t.sinks is None)
         or not (window is None or (type(window) is tuple and all(side is None or type(side) is int for side in window)))
-        or isinstance(q_offset, Tensor)
-        or not ops.unobserved((query, key, value))
     ):
         return None
-    plain = (
-        query.shape, query.stride(), query.dtype, key.shape, key.stride(), key.dtype,
-        value.shape, value.stride(), value.dtype, numbers, tuple(map(type, numbers)),  # True and 1.0 equal 1
-    )  # fmt: skip
+    given = t[:3] if absent(t[6:10]) else [x for x in t if x is not None]
+    if not ops.unobserved(given):
+        return None
+    if t.block_table is not None and torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return None  # which is refused
     try:
         hash(numbers)
     except TypeError:
         return None
-    return plain
+    metas = [(x.shape, x.stride(), x.dtype, x.device) for x in given]
+    return numbers, *map(type, numbers), *map(type, t[6:10]), *metas  # True and 1.0 equal 1
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    q_offset: int | Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> tuple[ops.Call, AttentionTensors]:
+    """What ``ops.attention`` computes of the arguments of ``attention``; of a kind of call the checks are made once."""
+    offset, offsets = (None, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
+    tensors = AttentionTensors(
+        query, key, value, attn_mask, alibi_slopes, sinks, offsets, kv_lengths, kv_starts, block_table
+    )
+    kind = _kind(tensors, dropout_p, (causal, window, offset, softcap, scale, deterministic, return_lse, backend))
+    if kind is not None and (call := _prepared.get(kind)) is not None:
+        return call, tensors
+    name = dispatch.check_backend(backend)
+    checks.check_bool("return_lse", return_lse)
+    spec, tensors = dense(
+        query,
+        key,
+        value,
+        causal=causal,
+        window=window,
+        q_offset=q_offset,
+        attn_mask=attn_mask,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        kv_starts=kv_starts,
+        block_table=block_table,
+        dropout_p=dropout_p,
+        scale=scale,
+        deterministic=deterministic,
+    )
+    call = ops.prepare(spec, tensors, name, return_lse)
+    if kind is not None:
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        _prepared[kind] = call
+    return call, tensors
 
 
 def attention(
@@ -204,15 +259,8 @@ def attention(
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
     """
-    plain = _plain_call(
-        query, key, value, (attn_mask, alibi_slopes, sinks, kv_lengths, kv_starts, block_table), dropout_p,
-        (causal, window, q_offset, softcap, scale, deterministic, return_lse, backend),
-    )  # fmt: skip
-    if plain is not None and (call := _prepared.get(plain)) is not None:
-        return ops.directly(call, AttentionTensors(query, key, value))
-    backend = dispatch.check_backend(backend)
-    checks.check_bool("return_lse", return_lse)
     if isinstance(query, Tensor) and query.is_nested:
+        checks.check_bool("return_lse", return_lse)
         nested.check(query, key, value, attn_mask=attn_mask, block_table=block_table)
         out, lse = attention_varlen(
             *nested.to_packed(query, key, value),
@@ -232,30 +280,13 @@ def attention(
         )
         out = nested.to_jagged(out, query)
         return (out, nested.to_jagged(lse.mT, query)) if return_lse else out
-    spec, tensors = dense(
-        query,
-        key,
-        value,
-        causal=causal,
-        window=window,
-        q_offset=q_offset,
-        attn_mask=attn_mask,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        kv_lengths=kv_lengths,
-        kv_starts=kv_starts,
-        block_table=block_table,
-        dropout_p=dropout_p,
-        scale=scale,
-        deterministic=deterministic,
-    )
-    if plain is not None and (call := ops.prepare(spec, tensors, backend, return_lse)) is not None:
-        if len(_prepared) >= _MOST_PREPARED:
-            _prepared.clear()
-        _prepared[plain] = call
-    out, lse = ops.attention(spec, tensors, backend)
-    return (out, lse) if return_lse else out
+    call, tensors = prepare(
+        query, key, value, causal=causal, window=window, q_offset=q_offset, attn_mask=attn_mask,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, kv_lengths=kv_lengths, kv_starts=kv_starts,
+        block_table=block_table, dropout_p=dropout_p, scale=scale, deterministic=deterministic, return_lse=return_lse,
+        backend=backend,
+    )  # fmt: skip
+    return ops.attention(call, tensors)
 
 
 def _packed(
@@ -393,129 +424,7 @@ def attention_varlen(
         scale=scale,
         deterministic=deterministic,
     )
-    out, lse = ops.attention(spec, tensors, backend)
-    return (out, lse) if return_lse else out
-
-
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention``, to be put in its place.
-
-    Accepts what torch's function accepts: two or more dimensions, leading dimensions that broadcast, ``is_causal``
-    aligned top-left, ``attn_mask`` bool (True: attend) or float of at least two dimensions. It refuses what torch's
-    refuses, and two things more on which torch computes nonsense: key and value of different lengths, and a scale
-    that is not finite.
-
-    Args:
-        query: ``[..., Hq, Lq, D]``.
-        key: ``[..., H, Lk, D]``.
-        value: ``[..., H, Lk, Dv]``.
-        attn_mask: broadcastable to ``[..., Hq, Lq, Lk]``.
-        dropout_p: applied whenever it is above 0, as in torch, in evaluation too.
-        is_causal: row i sees keys 0 to i, also where ``Lq != Lk``.
-        scale: defaults to ``1 / sqrt(D)``.
-        enable_gqa: key and value may have fewer heads than query, a divisor of its number.
-
-    Returns:
-        ``[..., Hq, Lq, Dv]`` in the query's dtype.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-
-    Example:
-        >>> import torch, pyattn
-        >>> q = torch.randn(2, 8, 64, 32)
-        >>> ours = pyattn.scaled_dot_product_attention(q, q, q, is_causal=True)
-        >>> torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
-    """
-    checks.check_bool("is_causal", is_causal)
-    checks.check_bool("enable_gqa", enable_gqa)
-    if (
-        isinstance(scale, Tensor)
-        and scale.dim() == 0
-        and not scale.requires_grad
-        and not scale.is_meta
-        and not _has_tangent(scale)
-    ):
-        scale = scale.item()
-    q_offset = 0 if is_causal else None
-    if attn_mask is not None:
-        checks.check_tensor("attn_mask", attn_mask, (torch.bool, *checks.FLOAT_DTYPES))
-        if attn_mask.dim() < 2:
-            raise ValueError(f"attn_mask must have at least two dimensions [..., Lq, Lk], got {list(attn_mask.shape)}")
-    lead = None
-    if isinstance(query, Tensor) and query.is_nested:
-        nested.check(query, key, value)
-        if not enable_gqa and query.shape[1] != key.shape[1]:
-            raise ValueError(
-                f"key must have the {query.shape[1]} heads of query without enable_gqa, got {key.shape[1]}"
-            )
-    elif not _is_plain(query, key, value):
-        lead, (query, key, value, attn_mask) = _to_four_dimensions(query, key, value, attn_mask, enable_gqa)
-    out = attention(
-        query, key, value, causal=is_causal, q_offset=q_offset, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
-    )
-    return out if lead is None else out.reshape(*lead, *out.shape[-2:])
-
-
-def _has_tangent(x: Tensor) -> bool:
-    return forward_ad.unpack_dual(x).tangent is not None
-
-
-def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Four dimensions, and nothing to broadcast: what ``attention`` takes as it is."""
-    tensors = all(isinstance(x, Tensor) and x.dim() == 4 and not x.is_nested for x in (query, key, value))
-    return tensors and query.shape[:2] == key.shape[:2] == value.shape[:2]
-
-
-def _to_four_dimensions(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Broadcasts leading dimensions as torch does and folds them into ``[B, H]``; also returns the output's."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        checks.check_tensor(name, x, checks.FLOAT_DTYPES)
-        if x.dim() < 2:
-            raise ValueError(f"{name} must have at least two dimensions [..., L, D], got {list(x.shape)}")
-    if enable_gqa:
-        if min(query.dim(), key.dim(), value.dim()) < 3:
-            raise ValueError("enable_gqa must come with at least three dimensions [..., H, L, D]")
-        for x in (key, value):
-            checks.check_heads(query.shape[-3], x.shape[-3])
-        if key.shape[-3] != value.shape[-3]:
-            groups = [query.shape[-3] // max(x.shape[-3], 1) for x in (key, value)]
-            key, value = (x.repeat_interleave(n, dim=-3) for x, n in zip((key, value), groups, strict=True))
-    drop = 3 if enable_gqa else 2  # dimensions that do not broadcast between query and key
-    try:
-        lead = torch.broadcast_shapes(*(x.shape[:-drop] for x in (query, key, value)))
-    except RuntimeError:
-        shapes = ", ".join(str(list(x.shape)) for x in (query, key, value))
-        raise ValueError(f"query, key and value must have leading sizes that broadcast, got {shapes}") from None
-
-    def fold(x: Tensor) -> Tensor:
-        x = x.expand(*lead, *x.shape[-drop:])
-        x = x[None] if x.dim() == 3 else x[None, None] if x.dim() == 2 else x
-        return x.flatten(0, -4)
-
-    query, key, value = fold(query), fold(key), fold(value)
-    lead = torch.Size((*lead, query.shape[1])) if enable_gqa else lead
-    if attn_mask is not None:
-        sizes = (*lead, query.shape[2], key.shape[2])
-        surplus = len(sizes) - attn_mask.dim()
-        aligned = (1,) * max(surplus, 0) + tuple(attn_mask.shape)
-        if surplus < 0 or any(m not in (1, n) for m, n in zip(aligned, sizes, strict=True)):
-            raise ValueError(f"attn_mask must be broadcastable to {list(sizes)}, got {list(attn_mask.shape)}")
-        if len(lead) > 2:
-            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:]).flatten(0, -4)
-    return lead, (query, key, value, attn_mask)
+    return ops.attention(ops.prepare(spec, tensors, backend, return_lse), tensors)
 
 
 def naive_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,32 +10,40 @@ import torch
 from torch import Tensor
 
 from pyattn import checks, kv_cache_ops, kv_cache_state
+from pyattn.kv_cache_ops import Run
 from pyattn.paging import Growth, PageTables
 
 Ints = Sequence[int] | Tensor
+_FEW_ENTRIES = 4  # of a block table, up to which an index tensor does not pay
 _MOST_MOVED = 4096  # keys of a sample that are copied at once when they move within their buffer
 
 
-class Span(NamedTuple):
-    """What of its buffer each sample uses: numbers for decisions, tensors for kernels."""
+class Span:
+    """What of its buffer each sample uses: numbers for decisions; tensors for kernels, made when they are asked for."""
 
-    starts: list[int]
-    lengths: list[int]
-    seen: list[int]
-    tensors: tuple[Tensor, Tensor, Tensor]  # the same, int32 [B]
+    def __init__(self, starts: list[int], lengths: list[int], seen: list[int], device: torch.device) -> None:
+        self.starts, self.lengths, self.seen = self.numbers = starts, lengths, seen
+        self._device = device
+        self._tensors: dict[str, Tensor] = {}
 
-    @staticmethod
-    def of(starts: list[int], lengths: list[int], seen: list[int], device: torch.device) -> Span:
-        numbers = torch.tensor([starts, lengths, seen], dtype=torch.int32, device="cpu")
-        starts_, lengths_, seen_ = numbers.to(device, non_blocking=True).unbind()
-        return Span(starts, lengths, seen, (starts_, lengths_, seen_))
+    def tensor(self, name: str) -> Tensor:
+        """The numbers of that name, ``[B]``: int64, which the CPU's kernels read, or int32 for those of a device."""
+        if name not in self._tensors:
+            numbers: list[int] = getattr(self, name)
+            dtype = torch.int64 if self._device.type == "cpu" else torch.int32
+            inference = torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if inference else contextlib.nullcontext():  # a backward may save them
+                if len(set(numbers)) == 1:  # which takes half the time, and copies nothing to a device
+                    x = torch.full((len(numbers),), numbers[0], dtype=dtype, device=self._device)
+                else:
+                    x = torch.tensor(numbers, dtype=dtype, device="cpu").to(self._device, non_blocking=True)
+            self._tensors[name] = x
+        return self._tensors[name]
 
 
 class Append(NamedTuple):
-    """Tokens that fit, and what it takes to write them."""
+    """What it takes to write tokens that fit."""
 
-    key: Tensor
-    value: Tensor
     counts: list[int]  # tokens of each sample
     shifts: list[int]  # by how much the indices of each sample go down before
     firsts: list[int]  # of each sample, the buffer index of its first token
@@ -140,17 +149,17 @@ class KVCache:
     @property
     def starts(self) -> Tensor:
         """int32 ``[B]``, the first live buffer index of each sample."""
-        return self.span.tensors[0]
+        return self.span.tensor("starts").to(torch.int32)
 
     @property
     def lengths(self) -> Tensor:
         """int32 ``[B]``, one past the last live buffer index of each sample."""
-        return self.span.tensors[1]
+        return self.span.tensor("lengths").to(torch.int32)
 
     @property
     def seen(self) -> Tensor:
         """int32 ``[B]``, the position in its text of the next token of each sample."""
-        return self.span.tensors[2]
+        return self.span.tensor("seen").to(torch.int32)
 
     @property
     def block_table(self) -> Tensor | None:
@@ -177,7 +186,7 @@ class KVCache:
         if checks.check_int("length", length) < 0:
             raise ValueError(f"length must be at least 0, got {length}")
         steps = torch.arange(length, device=self.device)
-        positions = self.seen.to(torch.int64)[:, None] + steps
+        positions = self.span.tensor("seen").to(torch.int64)[:, None] + steps
         if lengths is None:
             return positions
         counts = self._index(torch.tensor(self._counts(length, lengths), dtype=torch.int64, device="cpu"))
@@ -196,8 +205,7 @@ class KVCache:
         return counts
 
     def _spanning(self, starts: list[int], lengths: list[int], seen: list[int]) -> Span:
-        with torch.inference_mode(False):
-            return Span.of(starts, lengths, seen, self.device)
+        return Span(starts, lengths, seen, self.device)
 
     # ---- append ---------------------------------------------------------------------------------------------
 
@@ -214,7 +222,7 @@ class KVCache:
                 enough.
             NotImplementedError: key or value requires a gradient.
         """
-        self.commit(self.prepare(key, value, lengths))
+        self.commit(self.prepare(key, value, lengths), key, value)
 
     def prepare(self, key: Tensor, value: Tensor, lengths: Ints | None = None) -> Append:
         """Does all that ``append`` refuses for, and writes nothing: ``commit`` must follow before anything else."""
@@ -229,28 +237,26 @@ class KVCache:
         checks.check_shape("value", value, (*key.shape[:3], self.v_head_dim), "[B, Hkv, L, Dv] with key's L")
         counts = self._counts(key.shape[2], lengths)
         shifts = self._shifts(counts)
-        starts = [start - shift for start, shift in zip(self.span.starts, shifts, strict=True)]
-        firsts = [length - shift for length, shift in zip(self.span.lengths, shifts, strict=True)]
+        starts, firsts, seen = self.span.numbers
+        if any(shifts):
+            starts, firsts = ([x - shift for x, shift in zip(n, shifts, strict=True)] for n in (starts, firsts))
         after = [first + count for first, count in zip(firsts, counts, strict=True)]
         growth = None
         if self._pages is not None:
             growth = self._pages.growth(firsts, after, [shift // self._pages.page_size for shift in shifts])
-        seen = [n + count for n, count in zip(self.span.seen, counts, strict=True)]
-        return Append(key, value, counts, shifts, firsts, growth, self._spanning(starts, after, seen))
+        seen = [n + count for n, count in zip(seen, counts, strict=True)]
+        return Append(counts, shifts, firsts, growth, self._spanning(starts, after, seen))
 
-    def commit(self, append: Append) -> None:
-        """Writes what has been prepared."""
+    def commit(self, append: Append, key: Tensor, value: Tensor) -> None:
+        """Writes what has been prepared: these keys, and values, or turned ones."""
         self._shift(append.shifts)
         if append.growth is not None and append.growth.copies:
             source, target = self._index(torch.tensor(append.growth.copies, device="cpu").T).unbind()
             for buffer in (self.key, self.value):
                 buffer[target] = buffer[source]
-        kv_cache_ops.append(self.key, self.value, append.key, append.value, *self._places(append))
+        kv_cache_ops.append(self.key, self.value, key, value, self._runs(append))
         if self._pages is not None and append.growth is not None:
-            self._pages.grow(append.growth)
-            for b, (first, entries) in enumerate(zip(append.growth.firsts, append.growth.entries, strict=True)):
-                if entries:
-                    self._write_table(b, first)
+            self._write_tables({b: append.growth.firsts[b] for b in self._pages.grow(append.growth)})
         self.span = append.span
 
     def make_room(self, length: int) -> None:
@@ -281,11 +287,11 @@ class KVCache:
     def _shift(self, shifts: list[int]) -> None:
         if not any(shifts):
             return
-        starts, lengths, seen, _ = self.span
+        starts, lengths, seen = self.span.numbers
         for b, shift in enumerate(shifts):
             if shift and self._pages is not None:
                 self._pages.drop(b, shift // self._pages.page_size)
-                self._write_table(b, 0)
+                self._write_tables({b: 0})
             elif shift:  # to the front, piece by piece: what is overwritten has moved already, or is in the clone
                 for i in range(starts[b], lengths[b], _MOST_MOVED):
                     piece = slice(i, min(i + _MOST_MOVED, lengths[b]))
@@ -294,33 +300,39 @@ class KVCache:
         starts, lengths = ([x - shift for x, shift in zip(n, shifts, strict=True)] for n in (starts, lengths))
         self.span = self._spanning(starts, lengths, seen)
 
-    def _places(self, append: Append) -> tuple[Tensor, Tensor]:
-        """Which tokens are written, and where: the index tensors of ``kv_cache_ops.append``."""
-        steps = torch.arange(append.key.shape[2], device="cpu")
-        counts, firsts = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in (append.counts, append.firsts))
-        written = steps < counts[:, None]  # [B, L]
-        index = firsts[:, None] + steps
-        if append.growth is None:
-            slots = index + self._room * torch.arange(self.batch, device="cpu")[:, None]
-        else:
-            assert self.page_size is not None
-            slots = torch.zeros_like(index)
-            for b, (first, entries) in enumerate(zip(append.growth.firsts, append.growth.entries, strict=True)):
-                count = append.counts[b]
-                if count:
-                    page, offset = index[b, :count] // self.page_size - first, index[b, :count] % self.page_size
-                    slots[b, :count] = torch.tensor(entries, device="cpu")[page] * self.page_size + offset
-        return self._index(written.flatten().nonzero().flatten()), self._index(slots[written])
+    def _runs(self, append: Append) -> list[Run]:
+        """Where the tokens of an append go."""
+        if append.growth is None or self.page_size is None:
+            places = zip(append.firsts, append.counts, strict=True)
+            return [Run(b, 0, b, first, count) for b, (first, count) in enumerate(places) if count]
+        runs = []
+        for b, (first, count) in enumerate(zip(append.firsts, append.counts, strict=True)):
+            token, inner = 0, first % self.page_size
+            for page in append.growth.entries[b]:
+                length = min(self.page_size - inner, count - token)
+                runs.append(Run(b, token, page, inner, length))
+                token, inner = token + length, 0
+        return runs
 
     def _index(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
 
-    def _write_table(self, b: int, first: int) -> None:
-        """The entries of sample b from ``first`` on; those of freed pages are not read, but must be pages."""
+    def _write_tables(self, firsts: Mapping[int, int]) -> None:
+        """The entries of samples, each from its first on; those of freed pages are not read, but must be pages."""
         assert self._pages is not None and self._block_table is not None
-        entries = [page or 0 for page in self._pages.tables[b][first:]]
-        row = torch.tensor(entries, dtype=torch.int32, device="cpu")
-        self._block_table[b, first : first + len(entries)] = self._index(row)
+        places: list[int] = []
+        pages: list[int] = []
+        for b, first in firsts.items():
+            pages += [page or 0 for page in self._pages.tables[b][first:]]
+            begin = b * self._block_table.shape[1] + first
+            places += range(begin, begin + len(pages) - len(places))
+        entries = self._block_table.view(-1)
+        if len(places) <= _FEW_ENTRIES:
+            for place, page in zip(places, pages, strict=True):
+                entries[place] = page
+        else:
+            index = self._index(torch.tensor(places, device="cpu"))
+            entries[index] = self._index(torch.tensor(pages, dtype=torch.int32, device="cpu"))
 
     # ---- samples --------------------------------------------------------------------------------------------
 
@@ -342,11 +354,10 @@ class KVCache:
         changed = [b for b, i in enumerate(order) if b != i]
         if not changed:
             return
-        starts, lengths, seen = ([numbers[i] for i in order] for numbers in self.span[:3])
+        starts, lengths, seen = ([numbers[i] for i in order] for numbers in self.span.numbers)
         if self._pages is not None:
             self._pages.reorder(order)
-            for b in changed:
-                self._write_table(b, 0)
+            self._write_tables(dict.fromkeys(changed, 0))
         else:
             live = slice(min(starts[b] for b in changed), max(lengths[b] for b in changed))
             target, source = self._index(torch.tensor([changed, [order[b] for b in changed]], device="cpu")).unbind()
@@ -390,8 +401,8 @@ class KVCache:
         """
         if checks.check_int("window", window) < 0:
             raise ValueError(f"window must be at least 0, got {window}")
-        _, lengths, seen, _ = self.span
-        starts = [max(start, end - window) for start, end in zip(self.span.starts, lengths, strict=True)]
+        starts, lengths, seen = self.span.numbers
+        starts = [max(start, end - window) for start, end in zip(starts, lengths, strict=True)]
         if self._pages is not None:
             for b, start in enumerate(starts):
                 self._pages.free_before(b, start)
@@ -408,7 +419,7 @@ class KVCache:
             TypeError, ValueError: naming the argument.
         """
         ends = checks.check_numbers("lengths", lengths, self.batch)
-        starts, before, seen, _ = self.span
+        starts, before, seen = self.span.numbers
         if any(not start <= end <= was for start, end, was in zip(starts, ends, before, strict=True)):
             raise ValueError(f"lengths must lie between the cache's starts {starts} and lengths {before}, got {ends}")
         if self._pages is not None:
@@ -430,15 +441,14 @@ class KVCache:
         if self._pages is not None:
             for b in chosen:
                 self._pages.free_from(b, 0)
-        starts, lengths, seen = ([0 if b in chosen else n for b, n in enumerate(x)] for x in self.span[:3])
+        starts, lengths, seen = ([0 if b in chosen else n for b, n in enumerate(x)] for x in self.span.numbers)
         self.span = self._spanning(starts, lengths, seen)
 
     # ---- save and load --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of what is in use, of tensors and numbers, for ``torch.save``; shared pages stay shared."""
-        names = ("starts", "lengths", "seen")
-        state: dict[str, Any] = {n: x.clone() for n, x in zip(names, self.span.tensors, strict=True)}
+        state: dict[str, Any] = {n: getattr(self, n).clone() for n in ("starts", "lengths", "seen")}
         state |= {"page_size": self.page_size, "block_table": None}
         if self._pages is None:
             end = max(self.span.lengths, default=0)
@@ -469,6 +479,5 @@ class KVCache:
             used.copy_(saved)
         if self._pages is not None:
             self._pages.restore(tables)
-            for b in range(self.batch):
-                self._write_table(b, 0)
+            self._write_tables(dict.fromkeys(range(self.batch), 0))
         self.span = self._spanning(starts, lengths, seen)

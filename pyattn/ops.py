@@ -14,7 +14,7 @@ from torch import Tensor
 from pyattn import batching, dispatch, log
 from pyattn.checks import check_gradients, check_values
 from pyattn.library import below_autograd, differentiable, library, register, unobserved
-from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem, empty_output, lse_dtype, lse_shape
+from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem, absent, empty_output, lse_dtype, lse_shape
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, " + ", ".join(
     f"Tensor? {name}" for name in AttentionTensors._fields[3:]
@@ -143,7 +143,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def _given(t: AttentionTensors) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
     """The tensors that are not None, and which fields they are."""
-    if t[3:] == _NO_OPTIONS:
+    if absent(t[3:]):
         return _PLAIN_FIELDS, t[:3]
     fields = tuple([i for i, x in enumerate(t) if x is not None])
     return fields, tuple([t[i] for i in fields])  # type: ignore[misc]
@@ -262,24 +262,24 @@ library.impl("attention_forward", _forward_autocast("cpu"), "AutocastCPU")
 library.impl("attention_forward", _forward_autocast("cuda"), "AutocastCUDA")
 
 
-def attention(spec: AttentionSpec, t: AttentionTensors, backend: str) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of ``torch.ops.pyattn.attention_forward``, differentiable."""
+def prepare(spec: AttentionSpec, t: AttentionTensors, backend: str, returns_lse: bool) -> Call:
+    """For ``attention``, again and again, with tensors of the same metadata, as ``unobserved`` as these."""
     fields, given = _given(t)
-    if not unobserved(given):
-        return _forward_op(*t, *spec, backend)
+    return Call(spec, backend, fields, unobserved(given), returns_lse)
+
+
+def attention(call: Call, t: AttentionTensors, *, trusted: bool = False) -> Any:
+    """``torch.ops.pyattn.attention_forward``, differentiable: out and, if the call returns it, lse.
+
+    The values of ``trusted`` lengths, offsets and page numbers need no check.
+    """
+    spec = call.spec
+    if not call.direct:
+        out, lse = _forward_op(*t, *spec, call.requested)
+        return (out, lse) if call.returns_lse else out
     t = _with_dense_rows(t)
-    check_values(t, spec.max_seqlen_q, spec.max_seqlen_k)
-    return directly(Call(spec, backend, fields, True), t)  # type: ignore[return-value]
-
-
-def prepare(spec: AttentionSpec, t: AttentionTensors, backend: str, returns_lse: bool) -> Call | None:
-    """For ``directly``, again and again, with tensors of the same metadata; None if these have to be seen to first."""
-    plain = t[3:] == _NO_OPTIONS and _with_dense_rows(t) is t
-    return Call(spec, backend, _PLAIN_FIELDS, True, returns_lse) if plain else None
-
-
-def directly(call: Call, t: AttentionTensors) -> Tensor | tuple[Tensor, Tensor]:
-    """``attention`` for tensors that are checked, and ``unobserved``: out and, if the call returns it, lse."""
+    if not (trusted or call.fields == _PLAIN_FIELDS):
+        check_values(t, spec.max_seqlen_q, spec.max_seqlen_k)
     if torch.is_grad_enabled():
         given = t[:3] if call.fields == _PLAIN_FIELDS else [t[field] for field in call.fields]
         for x in given:

@@ -65,12 +65,14 @@ class PageTables:
         """The page that is taken as the ``count``-th from now on; a number that is no page if there are not as many."""
         return self.free[-count] if count <= len(self.free) else -1
 
-    def grow(self, growth: Growth) -> None:
-        """Takes the pages of a ``growth`` of these tables, its drops done."""
+    def grow(self, growth: Growth) -> list[int]:
+        """Takes the pages of a ``growth`` of these tables, its drops done; returns the samples whose tables change."""
         taken = 0
-        for table, first, entries in zip(self.tables, growth.firsts, growth.entries, strict=True):
-            if not entries:
+        changed = []
+        for b, (table, first, entries) in enumerate(zip(self.tables, growth.firsts, growth.entries, strict=True)):
+            if entries in ([], table[first:]):
                 continue
+            changed.append(b)
             for page in entries:
                 taken += self.references[page] == 0
                 self.references[page] = max(self.references[page], 1)
@@ -78,6 +80,7 @@ class PageTables:
                 self._release(table[first])  # another sample holds it, too
             table[first:] = entries
         del self.free[len(self.free) - taken :]
+        return changed
 
     def drop(self, b: int, count: int) -> None:
         """The first entries of sample b, all freed, leave its table."""

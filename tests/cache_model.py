@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import pyattn
@@ -92,6 +93,14 @@ def snapshot(cache):
     table = None if cache.block_table is None else cache.block_table.tolist()
     values = {name: str(x.tolist()) for name, x in state.items() if isinstance(x, torch.Tensor)}  # nan == nan as text
     return repr(cache), free, table, values
+
+
+def refuses(cache, error, message, call):
+    """The call raises, and the cache is what it was."""
+    before = snapshot(cache)
+    with pytest.raises(error, match=message):
+        call()
+    assert snapshot(cache) == before
 
 
 def turned(x, rotary, seen, counts):

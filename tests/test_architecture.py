@@ -37,6 +37,7 @@ LEVELS = {
     "merging": 5,
     "kv_cache": 5,
     "decoding": 6,
+    "sdpa": 6,
     "testing": 7,
     "nn": 7,
     "measure": 8,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from watcher import Watcher
 
 import pyattn
 from pyattn import functional, ops
+from pyattn.spec import AttentionTensors
 from pyattn.testing import CASES, OUTPUTS, forward_and_gradients, make_inputs, random_grads, run
 
 BY_NAME = {case.name: case for case in CASES}
@@ -15,16 +16,6 @@ BY_NAME = {case.name: case for case in CASES}
 
 def inputs(*shape, requires_grad=False):
     return [torch.randn(*(shape or (2, 4, 9, 16))).requires_grad_(requires_grad) for _ in range(3)]
-
-
-class Watcher(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["gqa", "causal", "tiles, family", "packed, family", "tiles, float mask"])
@@ -126,6 +117,82 @@ def test_another_shape_dtype_or_layout_is_another_call():
     assert torch.equal(pyattn.attention(*laid_out), pyattn.attention(q, k, v))
     last = [x.mT.contiguous().mT for x in (q, k, v)]
     assert torch.equal(pyattn.attention(*last), pyattn.attention(q, k, v))
+
+
+def ints(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+def test_tensors_of_one_kind_in_other_places_are_other_calls():
+    """Starts are no lengths, and offsets are neither: each is compared with the reference after the others."""
+    q, k, v = inputs(2, 4, 9, 16)
+    kinds = [{"kv_lengths": ints(5, 9)}, {"kv_starts": ints(5, 8)}, {"q_offset": ints(5, 9)}, {"causal": True}]
+    kinds += [{"kv_lengths": ints(9, 7), "kv_starts": ints(2, 1)}, {"kv_lengths": ints(4, 9, dtype=torch.int64)}]
+    for _ in range(2):
+        for kind in kinds:
+            expected = pyattn.attention(q, k, v, window=(4, 2), **kind, backend="reference")
+            torch.testing.assert_close(pyattn.attention(q, k, v, window=(4, 2), **kind), expected)
+
+
+def paged(**changes):
+    shapes = {"query": (2, 4, 1, 16), "key": (5, 2, 4, 16), "value": (5, 2, 4, 16)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    return tensors | {"block_table": ints(0, 1, 2, 3).view(2, 2), "kv_lengths": ints(8, 3)} | changes
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        (r"kv_lengths must lie in \[0, 8\]", {"kv_lengths": ints(8, 9)}),
+        (r"kv_lengths must lie in \[0, 8\]", {"kv_lengths": ints(-1, 3)}),
+        (r"kv_starts must lie in \[0, 8\]", {"kv_starts": ints(9, 3)}),
+        (r"block_table must lie in \[0, 4\]", {"block_table": ints(0, 5, 2, 3).view(2, 2)}),
+        (r"block_table must lie in \[0, 4\]", {"block_table": ints(0, 1, -1, 3).view(2, 2)}),
+    ],
+)
+def test_values_are_checked_in_each_call(message, changes):
+    legal = {"kv_starts": ints(0, 0)} if "kv_starts" in changes else {}
+    for _ in range(2):
+        pyattn.attention(**paged(**legal))
+        with pytest.raises(ValueError, match=message):
+            pyattn.attention(**paged(**changes))
+
+
+def test_pages_that_are_not_in_use_are_not_looked_at():
+    for pages in (2, 300):  # few are looked at by Python, many by torch
+        table = torch.full((2, pages), 99, dtype=torch.int32)
+        table[:, 0] = ints(3, 1)
+        arguments = paged(block_table=table, kv_lengths=ints(4, 3))
+        assert pyattn.attention(**arguments).isfinite().all()
+        with pytest.raises(ValueError, match=r"block_table must lie in \[0, 4\] .* got \[3, 1, 99\]"):
+            pyattn.attention(**arguments | {"kv_lengths": ints(4, 5)})
+
+
+def test_a_gradient_through_pages_is_refused_whatever_was_prepared():
+    arguments = paged()
+    pyattn.attention(**arguments)
+    arguments["query"].requires_grad_()
+    with torch.no_grad():
+        pyattn.attention(**arguments)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="paged keys have no gradient, but query requires one"):
+            pyattn.attention(**arguments)
+
+
+def test_a_mode_sees_a_prepared_call_of_pages():
+    arguments = paged()
+    out = pyattn.attention(**arguments)
+    with Watcher() as watcher:
+        assert torch.equal(pyattn.attention(**arguments), out)
+    assert "pyattn::attention_forward" in watcher.seen
+
+
+def test_another_device_is_another_call(monkeypatch):
+    monkeypatch.setattr(ops, "unobserved", lambda tensors: True)
+    numbers = (False, None, None, None, None, True, False, None)
+    tensors = AttentionTensors(*inputs())
+    kinds = [functional._kind(AttentionTensors(*(x.to(d) for x in tensors[:3])), 0.0, numbers) for d in ("cpu", "meta")]
+    assert None not in kinds and kinds[0] != kinds[1]
 
 
 def test_prepared_calls_do_not_pile_up(monkeypatch):

@@ -9,6 +9,7 @@ import re
 import cache_model
 import pytest
 import torch
+from cache_model import refuses
 
 import pyattn
 from pyattn import KVCache
@@ -27,14 +28,6 @@ def filled(page_size=None, lengths=(5, 3), **arguments):
     cache = KVCache(2, HKV, D, 10, v_head_dim=DV, page_size=page_size, **arguments)
     cache.append(*(torch.randn(2, HKV, 5, n).to(cache.dtype) for n in (D, DV)), lengths=list(lengths))
     return cache
-
-
-def refuses(cache, error, message, call):
-    """The call raises, and the cache is what it was."""
-    before = cache_model.snapshot(cache)
-    with pytest.raises(error, match=message):
-        call()
-    assert cache_model.snapshot(cache) == before
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------

@@ -30,15 +30,15 @@ def op_arguments(case, **make):
     """The arguments with which the public function calls the op."""
     captured = []
 
-    def capture(*spec_and_tensors_and_name):
-        captured.append(spec_and_tensors_and_name)
+    def capture(*call_and_tensors):
+        captured.append(call_and_tensors)
         return None, None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional.ops, "attention", capture)
         run(make_inputs(case, torch.float32, **make))
-    spec, tensors, _ = captured[0]
-    return (*tensors, *spec, "auto")
+    call, tensors = captured[0]
+    return (*tensors, *call.spec, "auto")
 
 
 @pytest.mark.parametrize("name", [*SOME, "paged"])

@@ -81,7 +81,7 @@ def _torch_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: fl
 def attend_as(implementation: Implementation, spec: AttentionSpec, t: AttentionTensors) -> Tensor:
     """``attend`` for a checked call, whose dropout is drawn already: torch's own function would draw another."""
     if implementation == "pyattn":
-        return ops.attention(spec, t, "auto")[0]
+        return ops.attention(ops.prepare(spec, t, "auto", False), t)
     return reference.naive_attention(spec, t, False)[0]
 
 

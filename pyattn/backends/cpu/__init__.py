@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, empty_output, lse_shape
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, absent, empty_output, lse_shape
 
 try:
     from pyattn import _native
@@ -28,8 +28,8 @@ MAX_HEAD_DIM = 512
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}  # the codes of csrc/params.h
 _UNLIMITED = -1
 _NO_SIZES = (0, 0, 0, 0)
-_NO_OPTIONS = (None,) * 10  # attn_mask to dropout_seed of AttentionTensors
 _NO_ADDRESSES = (0,) * 9
+_SMALL_DTYPES = (*(torch.float32,) * 2, *(torch.int64,) * 3, *(torch.int32,) * 3)  # of alibi_slopes to cu_seqlens_k
 
 
 def available_isas() -> list[str]:
@@ -183,7 +183,7 @@ def _plan(
 
 # What both kernels take: the plan, addresses in the order of `Addresses` in csrc/bindings.cpp, the dropout seed, and
 # copies that must outlive the call, since some addresses belong to them.
-_Call = tuple[Any, tuple[int, ...], int, tuple[Tensor | None, ...]]
+_Call = tuple[Any, tuple[int, ...], int, Sequence[Tensor | None]]
 
 
 def _address(x: Tensor | None) -> int:
@@ -193,27 +193,21 @@ def _address(x: Tensor | None) -> int:
 def _call(spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse: Tensor) -> _Call:
     query, key, value = t[:3]
     addresses = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr())
-    if t[3:] == _NO_OPTIONS:
+    if absent(t[3:]):
         plan = _plan(
             spec, query.dtype, query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()
         )
         return plan, addresses + _NO_ADDRESSES, 0, ()
-
-    def copied(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        return None if x is None else x.detach().to(dtype).contiguous()
 
     mask, table = t.attn_mask, t.block_table
     mask_meta: tuple[Any, ...] = (torch.bool, _NO_SIZES)
     if mask is not None:
         Lk = key.shape[2] * (1 if table is None else table.shape[1])
         mask_meta = (mask.dtype, mask.expand(*query.shape[:3], Lk).stride())
-    slopes = copied(t.alibi_slopes, torch.float32)
-    small = (
-        slopes,
-        copied(t.sinks, torch.float32),
-        *(copied(x, torch.int64) for x in (t.q_offset, t.kv_lengths, t.kv_starts)),
-        *(copied(x, torch.int32) for x in (table, t.cu_seqlens_q, t.cu_seqlens_k)),
-    )
+    small = [
+        x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous()
+        for x, dtype in zip(t[4:12], _SMALL_DTYPES, strict=True)
+    ]
     plan = _plan(
         spec,
         query.dtype,
@@ -224,12 +218,12 @@ def _call(spec: AttentionSpec, t: AttentionTensors, out: Tensor, lse: Tensor) ->
         value.shape,
         _strides(value),
         *mask_meta,
-        slopes is not None and slopes.dim() == 2,
+        t.alibi_slopes is not None and t.alibi_slopes.dim() == 2,
         None if table is None else table.shape,
         None if t.cu_seqlens_q is None else t.cu_seqlens_q.shape[0] - 1,
     )
     seed = 0 if t.dropout_seed is None else int(t.dropout_seed)
-    return plan, (*addresses, _address(mask), *(_address(x) for x in small)), seed, small
+    return plan, (*addresses, _address(mask), *map(_address, small)), seed, small
 
 
 def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
