@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyattn import checks, functional, ops, projection
 from pyattn.functional import Window
-from pyattn.kv_cache import Append, Ints, KVCache
+from pyattn.kv_cache import Append, Ints, KVCache, Span
+from pyattn.merging import merge_attention
 from pyattn.projection import Rotary
 
 
@@ -30,10 +31,33 @@ def _check(query: Any, cache: Any, key: Any, value: Any, lengths: Any) -> None:
         raise ValueError("lengths must come with key and value, got neither")
 
 
+def _check_prefix(prefix: Any, cache: KVCache, window: Any, alibi_slopes: Any) -> None:
+    if not isinstance(prefix, KVCache):
+        raise TypeError(f"prefix must be a pyattn.KVCache, got {type(prefix).__name__}")
+    if prefix.batch != 1:
+        raise ValueError(f"prefix must hold one sample, got {prefix.batch}")
+    if prefix is cache:
+        raise ValueError("prefix must be another cache than cache, got the same")
+    for name in ("num_kv_heads", "head_dim", "v_head_dim", "dtype", "device"):
+        if getattr(prefix, name) != getattr(cache, name):
+            raise ValueError(
+                f"prefix must have the cache's {name} ({getattr(cache, name)}), got {getattr(prefix, name)}"
+            )
+    for name, x in (("window", window), ("alibi_slopes", alibi_slopes)):
+        if x is not None:
+            raise ValueError(f"{name} must not come with prefix: it counts in buffer indices of one cache")
+
+
 def _turn(
-    query: Tensor, key: Tensor | None, cache: KVCache, append: Append | None, rotary: Any, positions: Any
+    query: Tensor,
+    key: Tensor | None,
+    cache: KVCache,
+    append: Append | None,
+    rotary: Any,
+    positions: Any,
+    before: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Query and key, turned by their positions."""
+    """Query and key, turned by their positions; ``before`` is that of the cache's first token."""
     if rotary is None:
         if positions is not None:
             raise ValueError("positions must come with rotary, got no rotary")
@@ -43,10 +67,10 @@ def _turn(
         if append is None:
             if any(n < L for n in cache.span.seen):
                 raise ValueError(f"query must have at most the tokens that the cache has seen, got {L} without a key")
-            positions = cache.positions(L) - L
+            positions = cache.positions(L) + (before - L)
         else:
-            positions = cache.positions(L, append.counts)
-        needed = max(cache.span.seen if append is None else append.span.seen, default=0)
+            positions = cache.positions(L, append.counts) + before
+        needed = before + max(cache.span.seen if append is None else append.span.seen, default=0)
         if isinstance(rotary, Rotary) and isinstance(rotary.cos, Tensor) and rotary.cos.shape[:1] < (needed,):
             raise ValueError(f"rotary must have at least {needed} positions, got {rotary.cos.shape[0]}")
     if key is None:
@@ -80,6 +104,10 @@ def _masked(
     return key, value, table[:, :columns], attn_mask
 
 
+def _starts(span: Span) -> Tensor | None:
+    return span.tensor("starts") if any(span.starts) else None
+
+
 def attention_with_kv_cache(
     query: Tensor,
     cache: KVCache,
@@ -87,6 +115,7 @@ def attention_with_kv_cache(
     value: Tensor | None = None,
     *,
     lengths: Ints | None = None,
+    prefix: KVCache | None = None,
     rotary: Rotary | None = None,
     positions: Tensor | None = None,
     attn_mask: Tensor | None = None,
@@ -113,12 +142,15 @@ def attention_with_kv_cache(
         value: ``[B, Hkv, Lq, Dv]``.
         lengths: how many of the new tokens each sample gets, the first ones: a list, or int32 or int64 ``[B]``; None
             for all. The other rows of the output mean nothing.
+        prefix: a cache of one sample, whose tokens come before those of every sample of ``cache``, such as a prompt
+            that all share: it is read once for all of them. It does not change. Not with ``window`` or
+            ``alibi_slopes``.
         rotary: the angles by which query and key are turned before; the cache holds turned keys.
         positions: int32 or int64 ``[Lq]`` or ``[B, Lq]``, rows of the rotary tables; None for those that follow the
-            tokens that the cache has ``seen``. In a draft that is a tree it is the depth that counts.
+            tokens that the cache, and the prefix, have ``seen``. In a draft that is a tree it is the depth that counts.
         attn_mask: bool (True: attend) or float (added) of the query's dtype or float32, broadcastable to
             ``[B, Hq, Lq, max(lengths)]``, the cache's lengths after the append; columns are buffer indices. Combines
-            with ``causal`` and ``window``.
+            with ``causal`` and ``window``; the prefix is seen whole.
         causal: a row sees keys up to its own; in a tree a parent must come before its children.
         window: ``(left, right)``: a row sees keys at ``[pos - left, pos + right]``.
         alibi_slopes: float32 ``[Hq]`` or ``[B, Hq]``: adds ``-slope * |pos - j|``.
@@ -147,6 +179,8 @@ def attention_with_kv_cache(
         >>> torch.testing.assert_close(torch.cat((first, last), 2), pyattn.attention(q, k, v, causal=True))
     """
     _check(query, cache, key, value, lengths)
+    if prefix is not None:
+        _check_prefix(prefix, cache, window, alibi_slopes)
     query = query if query.stride(-1) == 1 else query.contiguous()
     append = None
     q_offset = None
@@ -156,7 +190,8 @@ def attention_with_kv_cache(
             raise ValueError(f"key must have the length of query ({query.shape[2]}), got {key.shape[2]}")
         if any(count != query.shape[2] for count in append.counts):  # else rows and keys end together
             q_offset = torch.tensor(append.firsts, device="cpu").to(query.device, non_blocking=True)
-    query, key = _turn(query, key, cache, append, rotary, positions)
+    before = 0 if prefix is None else prefix.span.seen[0]
+    query, key = _turn(query, key, cache, append, rotary, positions, before)
     buffers = _masked(cache, append, attn_mask)
     span = cache.span if append is None else append.span
     autocasts = checks.autocasts(query)  # else it would cast the cache, anew in each call
@@ -172,13 +207,36 @@ def attention_with_kv_cache(
             softcap=softcap,
             sinks=sinks,
             kv_lengths=span.tensor("lengths"),
-            kv_starts=span.tensor("starts") if any(span.starts) else None,
+            kv_starts=_starts(span),
             block_table=buffers[2],
             scale=scale,
-            return_lse=return_lse,
+            return_lse=return_lse or prefix is not None,
             backend=backend,
         )
-        call.backend("forward", tensors)  # a refusal comes before the cache changes
+        calls = [(call, tensors)]
+        if prefix is not None:  # the samples' queries are queries of its one sample
+            calls += [
+                functional.prepare(
+                    query.transpose(0, 1).flatten(1, 2)[None],
+                    prefix.key,
+                    prefix.value,
+                    softcap=softcap,
+                    kv_lengths=prefix.span.tensor("lengths"),
+                    kv_starts=_starts(prefix.span),
+                    block_table=prefix.block_table,
+                    scale=scale,
+                    return_lse=True,
+                    backend=backend,
+                )
+            ]
+        for call, tensors in calls:
+            call.backend("forward", tensors)  # a refusal comes before the cache changes
         if append is not None and key is not None and value is not None:
             cache.commit(append, key, value)
-        return ops.attention(call, tensors, trusted=True)  # the cache's own numbers are right
+        results = [ops.attention(*each, trusted=True) for each in calls]  # the caches' own numbers are right
+    if prefix is None:
+        return results[0]
+    (out, lse), of_prefix = results
+    prefix_out, prefix_lse = (x[0].unflatten(1, query.shape[:3:2]).transpose(0, 1) for x in of_prefix)
+    merged = merge_attention((out, prefix_out), (lse, prefix_lse))
+    return merged if return_lse else merged[0]

@@ -356,6 +356,70 @@ def test_queries_without_new_keys(page_size):
     assert cache_model.snapshot(cache) == before
 
 
+@pytest.mark.parametrize("page_size", [None, 4], ids=["dense", "paged"])
+@pytest.mark.parametrize("with_key", [True, False], ids=["append", "no append"])
+def test_a_prefix_that_all_samples_share(with_key, page_size, any_engine):
+    """Over the prefix in a cache of its own, over the tokens of each sample, merged: as if each held the prefix."""
+    B, L, n = 3, 2, 21
+    shared, own, new = tokens(1, n), tokens(B, 7), tokens(B, L)
+    prefix, cache = (cache_of(b, page_size=page_size) for b in (1, B))
+    whole = cache_of(B, page_size=page_size)
+    prefix.append(*shared[1:])
+    prefix.evict(n - 3)
+    whole.append(*(x[:, :, 3:].expand(B, -1, -1, -1) for x in shared[1:]))
+    for each in (cache, whole):
+        each.append(*own[1:], lengths=[7, 0, 4])
+        if not with_key:
+            each.append(*new[1:])
+    before = cache_model.snapshot(prefix)
+    family = {"softcap": 4.0, "sinks": torch.randn(HQ), "scale": 0.3, "return_lse": True, "backend": any_engine.backend}
+    kv = new[1:] if with_key else ()
+    with any_engine.at_work():
+        results = pyattn.attention_with_kv_cache(new[0], cache, *kv, prefix=prefix, **family)
+        expected = pyattn.attention_with_kv_cache(new[0], whole, *kv, **family)
+    for x, y in zip(results, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=2e-6, rtol=1e-5)
+    assert cache_model.snapshot(prefix) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "prefix", "arguments"),
+    [
+        (TypeError, "prefix must be a pyattn.KVCache, got tuple", lambda cache: (), {}),
+        (ValueError, "prefix must hold one sample, got 2", lambda cache: cache_of(2), {}),
+        (ValueError, "prefix must be another cache than cache, got the same", lambda cache: cache, {}),
+        (ValueError, "prefix must have the cache's head_dim", lambda cache: KVCache(1, HKV, 4, 9, v_head_dim=DV), {}),
+        (ValueError, "prefix must have the cache's v_head_dim", lambda cache: KVCache(1, HKV, D, 9), {}),
+        (ValueError, "prefix must have the cache's dtype", lambda cache: cache_of(1, dtype=torch.bfloat16), {}),
+        (ValueError, "prefix must have the cache's device", lambda cache: cache_of(1, device="meta"), {}),
+        (ValueError, "window must not come with prefix", lambda cache: cache_of(1), {"window": (4, 0)}),
+        (ValueError, "alibi_slopes must not come with prefix", lambda cache: cache_of(1), {"alibi_slopes": 1}),
+        (NotImplementedError, "backend 'triton' cannot", lambda cache: cache_of(1), {"backend": "triton"}),
+    ],
+)
+def test_a_prefix_that_does_not_fit(error, message, prefix, arguments):
+    cache, new = cache_of(1), tokens(1, 2)
+    cache.append(*tokens(1, 3)[1:])
+    arguments |= {"prefix": prefix(cache)}
+    cache_model.refuses(
+        cache, error, message, lambda: pyattn.attention_with_kv_cache(new[0], cache, *new[1:], **arguments)
+    )
+
+
+def test_rotary_counts_the_prefix():
+    B, n = 2, 9
+    shared, own = tokens(1, n), tokens(B, 3)
+    prefix, cache, whole = cache_of(1), cache_of(B), cache_of(B)
+    rotary = angles()
+    pyattn.attention_with_kv_cache(shared[0], prefix, *shared[1:], rotary=rotary)
+    expand = [x.expand(B, -1, -1, -1) for x in shared]
+    pyattn.attention_with_kv_cache(expand[0], whole, *expand[1:], rotary=rotary)
+    expected = pyattn.attention_with_kv_cache(own[0], whole, *own[1:], rotary=rotary)
+    torch.testing.assert_close(
+        pyattn.attention_with_kv_cache(own[0], cache, *own[1:], rotary=rotary, prefix=prefix), expected
+    )
+
+
 def test_a_prefix_that_all_samples_share_is_read_once():
     """Cascade: all rows at once over the prefix, each sample's over its own keys, merged."""
     B, L, n = 3, 2, 20
