@@ -72,7 +72,7 @@ def draw(plot: Plot, cells: list[Cell], conditions: str, path: Path) -> None:
         title=plot.title,
         title_fontproperties={"weight": "bold", "size": 13},
         loc="outside upper center",
-        ncols=len(labelled),
+        ncols=len(labelled) if len(labelled) <= 8 else -(-len(labelled) // 2),
         columnspacing=1.2,
         handlelength=1.4,
         frameon=False,
