@@ -366,7 +366,7 @@ struct Heads {
   template <int kRows>
   PYATTN_INLINE void scores_of_few(const Run<T>& run, int count, const Operand* q, const Coming<T>& coming, float* s,
                                    int at) const {
-    constexpr int kKeys = kRows * 4 <= kAccumulators ? 4 : 2;
+    constexpr int kKeys = kRows <= 2 ? 1 : 2;  // more than one, and memory is not read in its order
     const int64_t q_vectors = rows_of_head * kElements<T>;
     int r = 0;
     for (; r + kKeys <= count; r += kKeys) {
