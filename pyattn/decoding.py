@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyattn import checks, functional, ops, projection
 from pyattn.functional import Window
-from pyattn.kv_cache import Append, Ints, KVCache, Span
+from pyattn.kv_cache import Append, Ints, KVCache
+from pyattn.kv_cache_state import Span
 from pyattn.merging import merge_attention
 from pyattn.projection import Rotary
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,34 +10,12 @@ from torch import Tensor
 
 from pyattn import checks, kv_cache_ops, kv_cache_state
 from pyattn.kv_cache_ops import Run
+from pyattn.kv_cache_state import Span
 from pyattn.paging import Growth, PageTables
 
 Ints = Sequence[int] | Tensor
 _FEW_ENTRIES = 4  # of a block table, up to which an index tensor does not pay
 _MOST_MOVED = 4096  # keys of a sample that are copied at once when they move within their buffer
-
-
-class Span:
-    """What of its buffer each sample uses: numbers for decisions; tensors for kernels, made when they are asked for."""
-
-    def __init__(self, starts: list[int], lengths: list[int], seen: list[int], device: torch.device) -> None:
-        self.starts, self.lengths, self.seen = self.numbers = starts, lengths, seen
-        self._device = device
-        self._tensors: dict[str, Tensor] = {}
-
-    def tensor(self, name: str) -> Tensor:
-        """The numbers of that name, ``[B]``: int64, which the CPU's kernels read, or int32 for those of a device."""
-        if name not in self._tensors:
-            numbers: list[int] = getattr(self, name)
-            dtype = torch.int64 if self._device.type == "cpu" else torch.int32
-            inference = torch.is_inference_mode_enabled()
-            with torch.inference_mode(False) if inference else contextlib.nullcontext():  # a backward may save them
-                if len(set(numbers)) == 1:  # which takes half the time, and copies nothing to a device
-                    x = torch.full((len(numbers),), numbers[0], dtype=dtype, device=self._device)
-                else:
-                    x = torch.tensor(numbers, dtype=dtype, device="cpu").to(self._device, non_blocking=True)
-            self._tensors[name] = x
-        return self._tensors[name]
 
 
 class Append(NamedTuple):
@@ -427,6 +404,45 @@ class KVCache:
                 self._pages.free_from(b, end)
         seen = [n - (was - end) for n, was, end in zip(seen, before, ends, strict=True)]
         self.span = self._spanning(starts, ends, seen)
+
+    def accept(self, draft: int, paths: Sequence[Ints]) -> None:
+        """Of a draft that is a tree a path stays: its tokens move together, the draft's others leave.
+
+        Args:
+            draft: the last tokens of each sample, of which there are so many.
+            paths: of each sample, which of them stay: rising numbers in ``[0, draft)``.
+
+        Raises:
+            TypeError, ValueError: naming the argument; there is no page to move shared tokens to.
+        """
+        before, tables = self.span, None if self._pages is None else [list(table) for table in self._pages.tables]
+        live = (end - start for start, end in zip(before.starts, before.lengths, strict=True))
+        if not 0 <= checks.check_int("draft", draft) <= min(live, default=0):
+            raise ValueError(f"draft must lie between 0 and the live tokens of each sample, got {draft}")
+        if not isinstance(paths, (list, tuple)) or len(paths) != self.batch:
+            raise ValueError(f"paths must be a list of {self.batch} paths, one for each sample, got {paths!r}")
+        sizes = [len(path) if isinstance(path, (list, tuple, Tensor)) else 0 for path in paths]
+        chosen = [checks.check_numbers(f"paths[{b}]", path, sizes[b]) for b, path in enumerate(paths)]
+        for b, path in enumerate(chosen):
+            if path != sorted(set(path)) or any(not 0 <= i < draft for i in path):
+                raise ValueError(f"paths[{b}] must rise and lie in [0, {draft - 1}], got {path}")
+        ends = [length - draft for length in before.lengths]
+        if all(path == list(range(len(path))) for path in chosen):
+            return self.truncate([end + len(path) for end, path in zip(ends, chosen, strict=True)])
+        most = max(map(len, chosen))
+        index = [[end + i for i in path + [0] * (most - len(path))] for end, path in zip(ends, chosen, strict=True)]
+        slots = [([b] * most, i) if self._pages is None else self._pages.slots(b, i) for b, i in enumerate(index)]
+        outer, inner = self._index(torch.tensor(slots, device="cpu")).unbind(1)  # [B, most]
+        key, value = (buffer[outer, :, inner].transpose(1, 2) for buffer in (self.key, self.value))
+        self.truncate(ends)
+        try:
+            self.append(key, value, lengths=[len(path) for path in chosen])
+        except ValueError:
+            if self._pages is not None and tables is not None:
+                self._pages.restore(tables)
+                self._write_tables(dict.fromkeys(range(self.batch), 0))
+            self.span = before
+            raise
 
     def reset(self, samples: Sequence[int] | None = None) -> None:
         """Empties samples, for new texts.

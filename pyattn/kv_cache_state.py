@@ -1,7 +1,8 @@
-"""What a saved KV cache must be to be loaded."""
+"""The numbers of a KV cache: what of its buffer each sample uses, and what a saved one must be to be loaded."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,29 @@ from pyattn import checks
 
 NAMES = {"key", "value", "starts", "lengths", "seen", "block_table", "page_size"}
 Tables = list[list[int | None]]
+
+
+class Span:
+    """What of its buffer each sample uses: numbers for decisions; tensors for kernels, made when they are asked for."""
+
+    def __init__(self, starts: list[int], lengths: list[int], seen: list[int], device: torch.device) -> None:
+        self.starts, self.lengths, self.seen = self.numbers = starts, lengths, seen
+        self._device = device
+        self._tensors: dict[str, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """The numbers of that name, ``[B]``: int64, which the CPU's kernels read, or int32 for those of a device."""
+        if name not in self._tensors:
+            numbers: list[int] = getattr(self, name)
+            dtype = torch.int64 if self._device.type == "cpu" else torch.int32
+            inference = torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if inference else contextlib.nullcontext():  # a backward may save them
+                if len(set(numbers)) == 1:  # which takes half the time, and copies nothing to a device
+                    x = torch.full((len(numbers),), numbers[0], dtype=dtype, device=self._device)
+                else:
+                    x = torch.tensor(numbers, dtype=dtype, device="cpu").to(self._device, non_blocking=True)
+            self._tensors[name] = x
+        return self._tensors[name]
 
 
 def read(

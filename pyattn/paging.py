@@ -26,6 +26,10 @@ class PageTables:
         self.references = [0] * num_pages
         self.free = list(range(num_pages))[::-1]  # the last one is next
 
+    def slots(self, b: int, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The pages of these buffer indices of sample b, which hold tokens, and the places in them."""
+        return [self.tables[b][i // self.page_size] or 0 for i in indices], [i % self.page_size for i in indices]
+
     def growth(self, starts: Sequence[int], lengths: Sequence[int], drops: Sequence[int]) -> Growth:
         """What it takes to write at indices ``[starts, lengths)`` of each sample, past its last; nothing changes yet.
 

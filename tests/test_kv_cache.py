@@ -288,9 +288,12 @@ def test_a_draft_that_is_a_tree(depth_positions, page_size, any_engine):
                 sample = {"query": q_node, "key": kv[0], "value": kv[1]}
                 results.add(out[b : b + 1, :, [i]], lse[b : b + 1, :, [i]], sample)
     results.check()
-    cache.truncate(cache.lengths - n)
-    cache.append(k[:, :, paths[3]], v[:, :, paths[3]])
-    assert cache.seen.tolist() == [length + 3 for length in lengths]
+    cache.accept(n, [paths[3], paths[5][:2]])
+    assert cache.seen.tolist() == [lengths[0] + 3, lengths[1] + 2]
+    turned = pyattn.apply_rotary(k, k, angles(), positions)[0] if depth_positions else k
+    for b, path in enumerate((paths[3], paths[5][:2])):
+        for x, new in zip(cache_model.live(cache, b), (turned, v), strict=True):
+            torch.testing.assert_close(x[:, :, lengths[b] :], new[b : b + 1, :, path])
 
 
 @pytest.mark.parametrize("page_size", [None, 1, 4])
@@ -394,7 +397,7 @@ def test_a_prefix_that_all_samples_share(with_key, page_size, any_engine):
         (ValueError, "prefix must have the cache's device", lambda cache: cache_of(1, device="meta"), {}),
         (ValueError, "window must not come with prefix", lambda cache: cache_of(1), {"window": (4, 0)}),
         (ValueError, "alibi_slopes must not come with prefix", lambda cache: cache_of(1), {"alibi_slopes": 1}),
-        (NotImplementedError, "backend 'triton' cannot", lambda cache: cache_of(1), {"backend": "triton"}),
+        (ValueError, "backend must be None or one of", lambda cache: cache_of(1), {"backend": "none"}),
     ],
 )
 def test_a_prefix_that_does_not_fit(error, message, prefix, arguments):
