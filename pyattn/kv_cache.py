@@ -421,7 +421,7 @@ class KVCache:
             raise ValueError(f"draft must lie between 0 and the live tokens of each sample, got {draft}")
         if not isinstance(paths, (list, tuple)) or len(paths) != self.batch:
             raise ValueError(f"paths must be a list of {self.batch} paths, one for each sample, got {paths!r}")
-        sizes = [len(path) if isinstance(path, (list, tuple, Tensor)) else 0 for path in paths]
+        sizes = [x.numel() if isinstance(x, Tensor) else len(x) if isinstance(x, (list, tuple)) else 0 for x in paths]
         chosen = [checks.check_numbers(f"paths[{b}]", path, sizes[b]) for b, path in enumerate(paths)]
         for b, path in enumerate(chosen):
             if path != sorted(set(path)) or any(not 0 <= i < draft for i in path):

@@ -83,6 +83,7 @@ def test_samples_that_share_the_draft_part(page_size):
         (ValueError, "paths must be a list of 3 paths", 6, 1),
         (TypeError, r"paths\[1\] must be a tensor, list or tuple of ints, got int", 6, [[0], 1, [0]]),
         (TypeError, r"paths\[2\] must be an int, got str", 6, [[0], [1], ["0"]]),
+        (ValueError, r"paths\[0\] must have shape", 6, [torch.tensor(0), [1], [0]]),
         (ValueError, r"paths\[0\] must rise and lie in \[0, 5\], got \[0, 6\]", 6, [[0, 6], [0], [0]]),
         (ValueError, r"paths\[1\] must rise and lie in \[0, 5\], got \[3, 3\]", 6, [[0], [3, 3], [0]]),
         (ValueError, r"paths\[1\] must rise and lie in \[0, 5\], got \[3, 1\]", 6, [[0], [3, 1], [0]]),
