@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peers import PAGE_SIZE
 from suite import DTYPES, HEADS, THREADS, TOLERANCE, cpu, significant
 from torch import Tensor
 
 import pyattn
 from pyattn import measure
-
-PAGE_SIZE = 16
 
 
 class Cell(NamedTuple):

@@ -181,6 +181,7 @@ def attention_with_kv_cache(
     """
     _check(query, cache, key, value, lengths)
     if prefix is not None:
+        checks.check_bool("return_lse", return_lse)
         _check_prefix(prefix, cache, window, alibi_slopes)
     query = query if query.stride(-1) == 1 else query.contiguous()
     append = None

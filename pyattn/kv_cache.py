@@ -415,7 +415,7 @@ class KVCache:
         Raises:
             TypeError, ValueError: naming the argument; there is no page to move shared tokens to.
         """
-        before, tables = self.span, None if self._pages is None else [list(table) for table in self._pages.tables]
+        before = self.span
         live = (end - start for start, end in zip(before.starts, before.lengths, strict=True))
         if not 0 <= checks.check_int("draft", draft) <= min(live, default=0):
             raise ValueError(f"draft must lie between 0 and the live tokens of each sample, got {draft}")
@@ -434,6 +434,7 @@ class KVCache:
         slots = [([b] * most, i) if self._pages is None else self._pages.slots(b, i) for b, i in enumerate(index)]
         outer, inner = self._index(torch.tensor(slots, device="cpu")).unbind(1)  # [B, most]
         key, value = (buffer[outer, :, inner].transpose(1, 2) for buffer in (self.key, self.value))
+        tables = None if self._pages is None else [list(table) for table in self._pages.tables]
         self.truncate(ends)
         try:
             self.append(key, value, lengths=[len(path) for path in chosen])

@@ -207,6 +207,18 @@ def test_a_table_without_columns(engine):
         assert (results["lse"] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
+def test_no_heads(paged, engine):
+    keys = torch.empty((25, 0, 16, 32) if paged else (1, 0, 400, 32))
+    kwargs = {"query": torch.empty(1, 0, 1, 32), "key": keys, "value": keys}
+    if paged:
+        table = torch.arange(25, dtype=torch.int32)[None]
+        kwargs |= {"block_table": table, "kv_lengths": torch.tensor([400])}
+    results = engine.results(kwargs)
+    assert results["out"].shape == (1, 0, 1, 32)
+    assert results["lse"].shape == (1, 0, 1)
+
+
 @by_dtype
 @pytest.mark.parametrize("family", [{}, {"alibi": True, "softcap": 5.0, "sinks": True}], ids=["plain", "family"])
 def test_packed_queries_over_pages_are_the_sequences_one_by_one(family, dtype, engine):

@@ -398,6 +398,7 @@ def test_a_prefix_that_all_samples_share(with_key, page_size, any_engine):
         (ValueError, "window must not come with prefix", lambda cache: cache_of(1), {"window": (4, 0)}),
         (ValueError, "alibi_slopes must not come with prefix", lambda cache: cache_of(1), {"alibi_slopes": 1}),
         (ValueError, "backend must be None or one of", lambda cache: cache_of(1), {"backend": "none"}),
+        (TypeError, "return_lse must be a bool", lambda cache: cache_of(1), {"return_lse": 0}),
     ],
 )
 def test_a_prefix_that_does_not_fit(error, message, prefix, arguments):

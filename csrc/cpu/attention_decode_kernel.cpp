@@ -454,6 +454,7 @@ int64_t heads_together(const AttentionParams& sample, int64_t chunks_of_all, int
 
 template <class T>
 void decode(const AttentionParams& p, const std::vector<AttentionParams>& samples, int threads) {
+  if (p.Hkv == 0) return;
   std::vector<Unit> units;
   std::vector<int64_t> chunks;  // of each unit
   int64_t chunks_of_all = 0, most_rows = 0;
