@@ -43,7 +43,7 @@ struct Workspace {
   bf16* half;        // [rows][kRow]: the weights, with the dot product
   void* copies;      // [kStep][q_row or o_row]: keys, or values, that cannot be read where they lie
   float* k;          // [kStep][q_row]: keys transposed
-  vf* sums;          // [kFewRows][kRun]: scores that are still to be summed over their lanes
+  vf* sums;          // [kFewRowsAtOnce][kKeyRun]: scores that are still to be summed over their lanes
   void* zeros;       // stands for a row that there is none of
   int32_t *lo, *hi;  // [rows]: the key range of each row
   Partial chunk;
@@ -59,7 +59,7 @@ struct Workspace {
     half = carver.take<bf16>(dot ? rows * kRow : 0);
     copies = carver.take<float>(kStep * (q_row > o_row ? q_row : o_row));
     k = carver.take<float>(kStep * q_row);
-    sums = carver.take<vf>(kFewRows * kRun);
+    sums = carver.take<vf>(kFewRowsAtOnce * kKeyRun);
     zeros = carver.take<float>(q_row > o_row ? q_row : o_row);
     lo = carver.take<int32_t>(rows);
     hi = carver.take<int32_t>(rows);
@@ -139,8 +139,8 @@ struct Heads {
   // So that few queries find the keys of a step side by side in a page, and it is done with when they leave it.
   static int step_of(const AttentionParams& p, int rows_of_head, int num_heads) {
     if (rows_of_head > kFewRows || (!p.block_table && num_heads == 1)) return kStep;
-    if (!p.block_table) return kRun;
-    return p.page_size % kStep == 0 ? kStep : p.page_size % (2 * kRun) == 0 ? 2 * kRun : kRun;
+    if (!p.block_table) return kValueRun;
+    return p.page_size % kStep == 0 ? kStep : p.page_size % (2 * kValueRun) == 0 ? 2 * kValueRun : kValueRun;
   }
 
   int64_t head_of(int i) const { return first_head + i / p.Lq; }
@@ -161,23 +161,26 @@ struct Heads {
       w.hi[i] = static_cast<int32_t>(range.hi);
     }
     w.clear(w.chunk, num_rows);
-    for_runs(keys, begin, end, values.row(begin), [&](int head, int64_t key, int run, const T* rows, const T* next) {
-      scores(head, base, key, run, rows, next);
-    });
+    const bool few = rows_of_head <= kFewRows;
+    for_runs(keys, few ? kKeyRun : kStep, begin, end, values.row(begin),
+             [&](int head, int64_t key, int run, const T* rows, const T* next) {
+               scores(head, base, key, run, rows, next);
+             });
     const int count = static_cast<int>(end - base);
     finish_scores(base, count);
     weights(count);
-    for_runs(values, begin, end, nullptr, [&](int head, int64_t key, int run, const T* rows, const T* next) {
-      outputs(head, base, key, run, rows, next);
-    });
+    for_runs(values, few ? kValueRun : kStep, begin, end, nullptr,
+             [&](int head, int64_t key, int run, const T* rows, const T* next) {
+               outputs(head, base, key, run, rows, next);
+             });
   }
 
-  // Calls visit(head, key, count, rows, next) for runs of keys of [begin, end), those of a step for all heads before
-  // the next step. `rows` is null where keys of the run are not neighbours; `next` is what is read afterwards,
-  // `last_next` after all.
+  // Calls visit(head, key, count, rows, next) for runs of at most `longest` keys of [begin, end), those of a step for
+  // all heads before the next step. `rows` is null where keys of the run are not neighbours; `next` is what is read
+  // afterwards, `last_next` after all.
   template <class Visit>
-  void for_runs(const KeyRows<T>& from, int64_t begin, int64_t end, const T* last_next, const Visit& visit) const {
-    const int longest = rows_of_head > kFewRows ? kStep : kRun;
+  void for_runs(const KeyRows<T>& from, int longest, int64_t begin, int64_t end, const T* last_next,
+                const Visit& visit) const {
     const T* rows = from.row(begin);
     const T* next_step;
     for (int64_t key = begin, stop; key < end; key = stop, rows = next_step) {
@@ -198,11 +201,11 @@ struct Heads {
     }
   }
 
-  // What to ask for of the rows that are read after `run`: where there is little to compute the processor is as fast by
-  // itself, but does not know where the next page is.
+  // What to ask for of the rows that are read after `run`: where there is little to compute, processors of AMD are as
+  // fast by themselves, but do not know where the next page is.
   Coming<T> coming_after(const Run<T>& run, const T* coming, int count, int64_t size) const {
     constexpr int kFirst = 16 / sizeof(T);
-    const bool alone = rows_of_head == 1;
+    const bool alone = !kIntel && rows_of_head == 1;
     if (alone && coming == run.rows + count * run.stride) coming = nullptr;
     return {coming, run.stride, alone ? kFirst : count, static_cast<int>(size)};
   }
@@ -259,7 +262,7 @@ struct Heads {
     for (int i = 0; i < rows_of_head; i += kFewRowsAtOnce)
       call_with_rows<kFewRowsAtOnce>(min_int(kFewRowsAtOnce, rows_of_head - i), [&](auto tile_rows) {
         scores_of_few<tile_rows()>(run, count, q + i * kElements<T>, i == 0 ? coming : Coming<T>{}, s + i * kRow,
-                                   at % kRun);
+                                   at % kLanes);
       });
   }
 
@@ -276,7 +279,7 @@ struct Heads {
     }
     for (; r < count; ++r)
       key_products<kRows, 1>(run.rows + r * run.stride, run.stride, q, q_vectors, w.q_row, w.sums + at + r);
-    sum_products<kRows>(w.sums, HeadTerms(p, first_head).scale, s - at);
+    sum_products<kRows>(w.sums, at + count, HeadTerms(p, first_head).scale, s - at);
   }
 
   // Lanes are keys, transposed: that costs more, but once for all rows.

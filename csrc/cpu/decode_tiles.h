@@ -1,13 +1,21 @@
 // The register tiles of decoding: products of few queries and a run of keys, and of their weights and a run of values,
 // in the order in which these lie in memory.
 #pragma once
+// The cores that have AMX add up products of floats twice as fast as those of pairs of bfloat16 (VDPBF16PS).
+#define PYATTN_NO_DOT_BESIDE_AMX
 #include "blocks.h"
 
 namespace pyattn::PYATTN_ISA {
 namespace {
 
-constexpr int kChunk = 1024;               // keys between two merges
-constexpr int kRun = 16;                   // keys of a run at the most, where there are few queries
+constexpr int kChunk = 1024;  // keys between two merges
+#if defined(PYATTN_ISA_AVX512) || defined(PYATTN_ISA_AVX512_AMX)
+constexpr bool kIntel = true;  // AMD's processors with AVX-512 have its bfloat16, and no AMX
+#else
+constexpr bool kIntel = false;
+#endif
+// Keys of a run at the most, where there are few queries. The sums of values are made run by run.
+constexpr int kKeyRun = kIntel ? 64 : 16, kValueRun = 16;
 constexpr int kRow = kChunk + 2 * kPanel;  // of scores: rows a power of two apart would share a set of the cache
 constexpr int kAccumulators = kMaxRows * kTileLanes / kLanes;  // sums that are kept in registers
 
@@ -57,18 +65,18 @@ PYATTN_INLINE void key_products(const T* keys, int64_t stride, const Operand* q,
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int r = 0; r < kKeys; ++r) sums[i * kRun + r] = c[i][r];
+    for (int r = 0; r < kKeys; ++r) sums[i * kKeyRun + r] = c[i][r];
 }
 
-// s[i][r] = scale * sums[i][r], summed over the lanes, for the keys of a run.
+// s[i][r] = scale * sums[i][r], summed over the lanes, for whole vectors of keys up to `end`.
 template <int kRows>
-PYATTN_INLINE void sum_products(const vf* sums, float scale, float* s) {
+PYATTN_INLINE void sum_products(const vf* sums, int end, float scale, float* s) {
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
-    for (int lane = 0; lane < kRun; lane += kLanes) {
+    for (int lane = 0; lane < end; lane += kLanes) {
       vf of_keys[kLanes];
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) of_keys[r] = sums[i * kRun + lane + r];
+      for (int r = 0; r < kLanes; ++r) of_keys[r] = sums[i * kKeyRun + lane + r];
       store(s + i * kRow + lane, sum_lanes(of_keys) * broadcast(scale));
     }
   }

@@ -37,7 +37,7 @@ constexpr int kMaxRows = 2;  // 2 x 4 accumulators of 16 registers
 #endif
 #endif
 
-#if defined(PYATTN_ISA_AVX512_BF16) || defined(PYATTN_ISA_AVX512_AMX)
+#if defined(PYATTN_ISA_AVX512_BF16) || (defined(PYATTN_ISA_AVX512_AMX) && !defined(PYATTN_NO_DOT_BESIDE_AMX))
 #define PYATTN_BF16_DOT 1
 constexpr bool kHasBf16Dot = true;  // two bfloat16 products added to each float lane
 #else
