@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyattn import compare, measure
-from pyattn.models.gpt import ATTENTION, GPT
+from pyattn.models.gpt import GPT
 
 compare.require_extra("rich", "matplotlib")
 
@@ -36,6 +36,7 @@ from rich.table import Table  # noqa: E402
 
 CONTEXTS, TOKENS_PER_STEP, LEARNING_RATE, WARM_UP_STEPS = (512, 2048), 2048, 1e-3, 20
 SIZE = {"dim": 96, "depth": 3, "heads": 3}
+ATTENTION = ("naive", "torch", "pyattn")
 COMPARED = ("naive", "pyattn")
 COLORS = {name: compare.COLORS["torch SDPA" if name == "torch" else name] for name in ATTENTION}
 console = Console(highlight=False)

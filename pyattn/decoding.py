@@ -79,9 +79,7 @@ def _turn(
     return projection.apply_rotary(query, key, rotary, positions)
 
 
-def _masked(
-    cache: KVCache, append: Append | None, attn_mask: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def cut(cache: KVCache, append: Append | None, attn_mask: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Key, value, block table and mask, cut to the columns that the mask has."""
     key, value, table = cache.key, cache.value, cache.block_table
     if attn_mask is None:
@@ -194,7 +192,7 @@ def attention_with_kv_cache(
             q_offset = torch.tensor(append.firsts, device="cpu").to(query.device, non_blocking=True)
     before = 0 if prefix is None else prefix.span.seen[0]
     query, key = _turn(query, key, cache, append, rotary, positions, before)
-    buffers = _masked(cache, append, attn_mask)
+    buffers = cut(cache, append, attn_mask)
     span = cache.span if append is None else append.span
     autocasts = checks.autocasts(query)  # else it would cast the cache, anew in each call
     with torch.autocast(query.device.type, enabled=False) if autocasts else contextlib.nullcontext():

@@ -14,6 +14,7 @@ import pyattn
 from pyattn.nn import GroupedQueryAttention, RotaryEmbedding
 
 E, D, HKV = 24, 8, 2
+by_attention = pytest.mark.parametrize("attention", ["pyattn", "naive", "torch"])
 
 
 def module_of(dtype=torch.float64, **arguments):
@@ -33,13 +34,15 @@ def cache_of(batch=2, max_length=40, dtype=torch.float64, **arguments):
 @settings(max_examples=40, phases=[Phase.generate])
 @given(data=st.data())
 def test_prefill_and_steps_are_the_whole_pass(data):
-    page_size = data.draw(st.sampled_from([None, 4]))
+    attention = data.draw(st.sampled_from(["pyattn", "naive", "torch"]))
+    page_size = data.draw(st.sampled_from([None, 4])) if attention == "pyattn" else None
     rotary = data.draw(st.sampled_from([None, 8, 4]))
     module = module_of(
+        attention=attention,
         rotary=None if rotary is None else RotaryEmbedding(rotary, 60),
         qk_norm=data.draw(st.booleans()),
         window=data.draw(st.sampled_from([None, (6, 0)])),
-        softcap=data.draw(st.sampled_from([None, 2.0])),
+        softcap=data.draw(st.sampled_from([None, 2.0])) if attention != "torch" else None,
         scale=data.draw(st.sampled_from([None, 0.5])),
     )
     L = data.draw(st.integers(1, 30))
@@ -52,10 +55,12 @@ def test_prefill_and_steps_are_the_whole_pass(data):
         torch.testing.assert_close(torch.cat(outs, 1), module(x, residual=residual))
 
 
-@pytest.mark.parametrize("page_size", [None, 4], ids=["dense", "paged"])
-def test_prompts_of_different_lengths(page_size):
+@pytest.mark.parametrize(
+    ("attention", "page_size"), [("pyattn", None), ("pyattn", 4), ("naive", None), ("torch", None)]
+)
+def test_prompts_of_different_lengths(attention, page_size):
     """The longest one uses up the rotary tables, so what is beside the shorter ones has no position."""
-    module = module_of(rotary=RotaryEmbedding(D, 12))
+    module = module_of(rotary=RotaryEmbedding(D, 12), attention=attention)
     x, steps = torch.randn(2, 9, E).double(), torch.randn(2, 4, E).double()
     cache = cache_of(page_size=page_size)
     with torch.no_grad():
@@ -70,8 +75,23 @@ def test_prompts_of_different_lengths(page_size):
         torch.testing.assert_close(last[1], whole[8:])
 
 
-def test_a_window_with_eviction():
-    module = module_of(window=(5, 0))
+@by_attention
+def test_a_mask_over_a_cache(attention):
+    """Of a draft that is a tree: two tokens that do not see each other follow the prompt."""
+    module, x = module_of(attention=attention, rotary=None), torch.randn(2, 7, E).double()
+    tree = torch.ones(2, 7, dtype=torch.bool)
+    tree[1, 5] = False
+    with torch.no_grad():
+        cache = cache_of()
+        module(x[:, :5], cache=cache)
+        draft = module(x[:, 5:], tree, cache=cache)
+        torch.testing.assert_close(draft[:, :1], module(x[:, :6])[:, 5:])
+        torch.testing.assert_close(draft[:, 1:], module(x[:, [0, 1, 2, 3, 4, 6]])[:, 5:])
+
+
+@by_attention
+def test_a_window_with_eviction(attention):
+    module = module_of(window=(5, 0), attention=attention)
     x = torch.randn(2, 50, E).double()
     cache, outs = cache_of(max_length=8), []
     with torch.no_grad():
@@ -110,10 +130,13 @@ def test_a_text_that_outgrows_the_rotary_tables():
     ("error", "message", "arguments", "call"),
     [
         (TypeError, "cache must be a pyattn.KVCache, got tuple", {}, {"cache": ()}),
-        (ValueError, "lengths must come with cache", {}, {"cache": None, "lengths": [1, 1]}),
+        (ValueError, r"lengths must lie in \[0, 3\], got \[4, 1\]", {}, {"cache": None, "lengths": [4, 1]}),
+        (ValueError, "lengths must hold one number for each of the 2", {}, {"cache": None, "lengths": [1]}),
         (ValueError, r"lengths must lie in \[0, 3\] .*got \[4, 0\]", {}, {"lengths": [4, 0]}),
-        (NotImplementedError, "cache must come with attention=.pyattn., got 'naive'", {"attention": "naive"}, {}),
-        (NotImplementedError, "cache must come with attention=.pyattn., got 'torch'", {"attention": "torch"}, {}),
+        (NotImplementedError, "cache must be dense with attention='naive'", {"attention": "naive"}, {"page_size": 4}),
+        (NotImplementedError, "cache must be dense with attention='torch'", {"attention": "torch"}, {"page_size": 4}),
+        (ValueError, "attn_mask must have 1 column", {"attention": "naive"}, {"attn_mask": torch.zeros(3, 4).double()}),
+        (ValueError, "attn_mask must be", {"attention": "torch"}, {"attn_mask": torch.zeros(2, 3).double()}),
         (ValueError, "cache must have 2 samples, 2 heads and the head dim 8, got KVCache", {}, {"batch": 3}),
         (ValueError, r"residual must have shape \[B, L, E\]", {}, {"residual": torch.zeros(2, 1, E).double()}),
         (TypeError, "residual must be float64, got float32", {}, {"residual": torch.zeros(2, 3, E)}),
@@ -125,7 +148,7 @@ def test_a_text_that_outgrows_the_rotary_tables():
 )
 def test_errors(error, message, arguments, call):
     module = module_of(**arguments)
-    sizes = {name: call[name] for name in ("batch", "max_length", "dtype") if name in call}
+    sizes = {name: call[name] for name in ("batch", "max_length", "dtype", "page_size") if name in call}
     cache = cache_of(**sizes)
     call = {"cache": cache} | {name: x for name, x in call.items() if name not in sizes}
     before = cache_model.snapshot(cache)

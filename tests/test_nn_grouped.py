@@ -321,3 +321,21 @@ def test_torchs_own_attention_is_called_without_a_mask_where_it_can_be():
         module(torch.randn(2, 5, E))
     _, _, _, mask, _, is_causal = attention.call_args.args
     assert mask is None and is_causal
+
+
+@by_attention
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_lengths_are_padding(attention, is_causal):
+    """Each sample of a padded batch gives what it gives alone, gradients included, whatever the padding holds."""
+    module = GroupedQueryAttention(E, 4, 2, is_causal=is_causal, attention=attention, dtype=torch.float64)
+    x, lengths = torch.randn(3, 9, E).double().requires_grad_(), [9, 4, 1]
+    for numbers in (lengths, torch.tensor(lengths)):
+        out = module(x, lengths=numbers)
+        (gradient,) = torch.autograd.grad(sum(out[b, :n].square().sum() for b, n in enumerate(lengths)), x)
+        for b, n in enumerate(lengths):
+            alone = x[b : b + 1, :n].detach().requires_grad_()
+            expected = module(alone)
+            torch.testing.assert_close(out[b, :n], expected[0])
+            (of_alone,) = torch.autograd.grad(expected.square().sum(), alone)
+            torch.testing.assert_close(gradient[b, :n], of_alone[0])
+            assert not gradient[b, n:].any()

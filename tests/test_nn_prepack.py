@@ -13,7 +13,15 @@ from torch import nn
 
 from pyattn.backends import cpu
 from pyattn.backends.cpu import projection as kernels
-from pyattn.nn import GroupedQueryAttention, MultiheadAttention, RotaryEmbedding, convert, prepack, unpack
+from pyattn.nn import (
+    CrossAttention,
+    GroupedQueryAttention,
+    MultiheadAttention,
+    RotaryEmbedding,
+    convert,
+    prepack,
+    unpack,
+)
 from pyattn.testing import DTYPES
 
 E = 64
@@ -30,7 +38,13 @@ def multihead(**arguments):
     return MultiheadAttention(E, 4, batch_first=True, **arguments)
 
 
+def cross(**arguments):
+    return CrossAttention(E, 4, **arguments)
+
+
 def out_of(module, x, *others):
+    if isinstance(module, CrossAttention):
+        return module(x, module.project(x), residual=x)
     if isinstance(module, MultiheadAttention):
         return module(x, *(others or (x, x)), need_weights=False)[0]
     return module(x, residual=x)
@@ -54,7 +68,7 @@ def check_used(module, call, expected):
 
 
 @by_dtype
-@pytest.mark.parametrize("make", [multihead, grouped])
+@pytest.mark.parametrize("make", [multihead, grouped, cross])
 def test_the_same_bits(make, dtype, engine):
     module = make(dtype=dtype)
     x = torch.randn(2, MANY, E).to(dtype)

@@ -1,54 +1,77 @@
-"""A decoder-only Transformer (Radford et al. 2019) whose attention is chosen by name."""
+"""A decoder-only Transformer, as language models are built today.
+
+Radford et al. 2019, with what Llama made common: RMSNorm before each part (arXiv:1910.07467), rotary positions
+(arXiv:2104.09864), query heads that share keys (arXiv:2305.13245) and a gated MLP (arXiv:2002.05202).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyattn import functional
+from pyattn.kv_cache import KVCache
+from pyattn.models.generation import sample
+from pyattn.nn import GroupedQueryAttention, RMSNorm, RotaryEmbedding
+from pyattn.nn.implementations import Implementation
 
-# Causal self-attention over [B, heads, L, head_dim].
-CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-ATTENTION: dict[str, CausalAttention] = {
-    "naive": lambda q, k, v: functional.naive_attention(q, k, v, causal=True),
-    "torch": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-    "pyattn": lambda q, k, v: functional.attention(q, k, v, causal=True),
-}
+
+class MLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``: [B, L, dim] -> [B, L, dim]."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_and_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_and_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream: [B, L, dim] -> [B, L, dim]."""
+    """Attention and MLP, each after a norm and added to the residual stream: [B, L, dim] -> [B, L, dim]."""
 
-    def __init__(self, dim: int, heads: int, attention: CausalAttention) -> None:
+    def __init__(self, attention: GroupedQueryAttention, dim: int) -> None:
         super().__init__()
-        self.heads, self.attention = heads, attention
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.project = nn.Linear(dim, dim, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.attention_norm, self.attention = RMSNorm(dim), attention
+        self.mlp_norm, self.mlp = RMSNorm(dim), MLP(dim, 8 * dim // 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # [B, L, 3 * dim] -> three views [B, heads, L, head_dim]: no copy, the strides say it all
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.project(self.attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, cache: KVCache | None, lengths: list[int] | None) -> Tensor:
+        x = self.attention(self.attention_norm(x), residual=x, cache=cache, lengths=lengths)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class GPT(nn.Module):
     """Tokens [B, L] -> logits [B, L, vocabulary]; with targets [B, L], the mean cross-entropy in nats.
 
-    Byte-level by default, with learned positions and the embedding as output layer. ``attention`` is "naive",
-    "torch" or "pyattn", or a causal function of query, key and value, each [B, heads, L, dim // heads].
+    The embedding is the output layer, too.
 
-    >>> tokens = torch.tensor([list(b"to be or not to be")])
-    >>> model = GPT(dim=32, depth=2, heads=4, max_length=64, attention="pyattn")
-    >>> model(tokens).shape
-    torch.Size([1, 18, 256])
-    >>> loss = model(tokens[:, :-1], targets=tokens[:, 1:])
-    >>> loss.backward()
+    Args:
+        vocabulary: of tokens; 256 for bytes.
+        max_length: tokens of a text at most.
+        dim: of the residual stream.
+        depth: blocks.
+        heads: query heads, a divisor of dim.
+        kv_heads: key heads, a divisor of heads; None for as many.
+        window: how many tokens before itself a token sees; None for all.
+        attention: "naive", "torch" or "pyattn", as of ``pyattn.nn.GroupedQueryAttention``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> import torch
+        >>> tokens = torch.tensor([list(b"to be or not to be")])
+        >>> model = GPT(dim=32, depth=2, heads=4, kv_heads=2, max_length=64, attention="pyattn")
+        >>> model(tokens).shape
+        torch.Size([1, 18, 256])
+        >>> loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+        >>> loss.backward()
+        >>> model.generate(tokens, 5).shape
+        torch.Size([1, 5])
     """
 
     def __init__(
@@ -59,39 +82,84 @@ class GPT(nn.Module):
         dim: int = 128,
         depth: int = 4,
         heads: int = 4,
-        attention: str | CausalAttention = "pyattn",
+        kv_heads: int | None = None,
+        window: int | None = None,
+        attention: Implementation = "pyattn",
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim must be a multiple of heads, got dim {dim} and heads {heads}")
-        if isinstance(attention, str):
-            if attention not in ATTENTION:
-                names = ", ".join(ATTENTION)
-                raise ValueError(f"attention must be one of {names} or a callable, got {attention!r}")
-            attention = ATTENTION[attention]
+        if dim % heads or dim // heads % 2:
+            raise ValueError(f"dim must be an even multiple of heads, got dim {dim} and heads {heads}")
         self.max_length = max_length
         self.tokens = nn.Embedding(vocabulary, dim)
-        self.positions = nn.Embedding(max_length, dim)
-        self.blocks = nn.Sequential(*(Block(dim, heads, attention) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim)
-        self.apply(_initialise)
-        for name, parameter in self.blocks.named_parameters():
-            if name.endswith(("project.weight", "mlp.2.weight")):  # they sum into one stream: keep its variance
-                nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5)
+        rotary = RotaryEmbedding(dim // heads, max_length)
+        sees = None if window is None else (window, 0)
+        attentions = (
+            GroupedQueryAttention(dim, heads, kv_heads, rotary=rotary, window=sees, attention=attention)
+            for _ in range(depth)
+        )
+        self.blocks = nn.ModuleList(Block(module, dim) for module in attentions)
+        self.norm = RMSNorm(dim)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # what is added to one stream keeps its variance
+                into_stream = name.endswith(("out_proj.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5 if into_stream else 0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        L = tokens.shape[1]
-        if self.max_length < L:
-            raise ValueError(f"tokens must have at most max_length={self.max_length} positions, got {L}")
-        x = self.tokens(tokens) + self.positions(torch.arange(L, device=tokens.device))
-        logits = F.linear(self.norm(self.blocks(x)), self.tokens.weight)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if self.max_length < tokens.shape[1]:
+            raise ValueError(f"tokens must have at most max_length={self.max_length} positions, got {tokens.shape[1]}")
+        logits = self._logits(self._stream(tokens))
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
+    def _stream(self, tokens: Tensor, caches: list[KVCache] | None = None, lengths: list[int] | None = None) -> Tensor:
+        x = self.tokens(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if caches is None else caches[i], lengths)
+        return x
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.tokens.weight)
+
+    def caches(self, batch: int, max_length: int | None = None, page_size: int | None = None) -> list[KVCache]:
+        """An empty cache for each block, for so many texts of ``max_length`` tokens; None for the model's own."""
+        length = self.max_length if max_length is None else max_length
+        return [block.attention.make_cache(batch, length, page_size) for block in cast("list[Block]", self.blocks)]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Tensor,
+        new_tokens: int,
+        *,
+        lengths: list[int] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        caches: list[KVCache] | None = None,
+    ) -> Tensor:
+        """Goes on with texts, each token by what is cached of those before.
+
+        Args:
+            prompts: int64 ``[B, L]``.
+            new_tokens: of each text.
+            lengths: tokens of each prompt, where they differ; the others of its row do not count.
+            temperature, top_k, top_p, generator: of ``pyattn.models.generation.sample``; temperature 0 is greedy.
+            caches: of ``caches``, empty, or with the texts before these prompts; None for new ones.
+
+        Returns:
+            int64 ``[B, new_tokens]``.
+
+        Raises:
+            TypeError, ValueError: naming the argument; a text would exceed ``max_length``.
+        """
+        B, L = prompts.shape
+        caches = self.caches(B, L + new_tokens) if caches is None else caches
+        last = torch.tensor([L] * B if lengths is None else lengths, device=prompts.device) - 1
+        x = self._stream(prompts, caches, lengths)[torch.arange(B, device=prompts.device), last]
+        chosen: list[Tensor] = []
+        for i in range(new_tokens):
+            if i > 0:
+                x = self._stream(chosen[-1][:, None], caches)[:, 0]
+            logits = self._logits(x)
+            chosen.append(sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
+        return torch.stack(chosen, 1) if chosen else prompts[:, :0]

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyattn import checks
-from pyattn.decoding import attention_with_kv_cache
 from pyattn.functional import Window
 from pyattn.kv_cache import Ints, KVCache
-from pyattn.nn import implementations
+from pyattn.nn import implementations, masks
 from pyattn.nn.implementations import Implementation
 from pyattn.nn.norm import RMSNorm
 from pyattn.nn.prepacking import Prepackable
@@ -142,8 +141,6 @@ class GroupedQueryAttention(Prepackable):
         """What would be refused after the cache has changed, and what no cache goes with."""
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache must be a pyattn.KVCache, got {type(cache).__name__}")
-        if self.attention != "pyattn":
-            raise NotImplementedError(f'cache must come with attention="pyattn", got {self.attention!r}')
         if dropout_p:
             raise NotImplementedError(f"cache must come without dropout, got {dropout_p} in training")
         sizes = (cache.batch, cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
@@ -156,6 +153,19 @@ class GroupedQueryAttention(Prepackable):
             dtypes = checks.FLOAT_DTYPES if checks.autocasts(x) else (x.dtype,)
             checks.check_tensor("residual", residual, dtypes, x, "x")
             checks.check_shape("residual", residual, tuple(x.shape), "[B, L, E]")
+
+    def make_cache(self, batch: int, max_length: int, page_size: int | None = None) -> KVCache:
+        """An empty cache for this module, of the dtype and on the device of its parameters."""
+        weight = self.qkv_proj.weight
+        return KVCache(
+            batch,
+            self.num_kv_heads,
+            self.head_dim,
+            max_length,
+            dtype=weight.dtype,
+            device=weight.device,
+            page_size=page_size,
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -188,15 +198,16 @@ class GroupedQueryAttention(Prepackable):
                 with a cache for those that follow what it has ``seen``.
             residual: ``[B, L, E]``, added to the output.
             cache: this module's own ``pyattn.KVCache``, of B samples, Hkv heads and head dim D; changed in place.
-            lengths: how many tokens of x each sample of the cache gets, the first ones; None for all. What comes out of
-                the others means nothing.
+            lengths: how many tokens of x count in each sample, the first ones; None for all. The others are seen by
+                none, do not enter the cache, and what comes out of them means nothing.
 
         Returns:
             ``[B, L, E]`` in the dtype of x.
 
         Raises:
             TypeError, ValueError: naming the argument; the cache is full.
-            NotImplementedError: a cache with gradients, dropout or an ``attention`` other than "pyattn".
+            NotImplementedError: a cache with gradients or dropout, or one with pages and an ``attention`` other than
+                "pyattn".
         """
         checks.check_tensor("x", x, checks.FLOAT_DTYPES)
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
@@ -209,8 +220,6 @@ class GroupedQueryAttention(Prepackable):
             if self.rotary is not None:
                 length = cache.text_length(length, lengths)
                 positions = cache.positions(x.shape[1], lengths) if positions is None else positions
-        elif lengths is not None:
-            raise ValueError("lengths must come with cache, got no cache")
         q, k, v = implementations.project(
             self.attention,
             x,
@@ -227,8 +236,9 @@ class GroupedQueryAttention(Prepackable):
         shared: dict[str, Any] = {"causal": self.is_causal, "window": self.window, "softcap": self.softcap}
         shared |= {"scale": self.scale, "attn_mask": attn_mask}
         if cache is None:
-            out = implementations.attend(self.attention, q, k, v, dropout_p=dropout_p, **shared)
+            shared |= {"dropout_p": dropout_p} | masks.live_keys(lengths, x)
+            out = implementations.attend(self.attention, q, k, v, **shared)
         else:
-            out = attention_with_kv_cache(q, cache, k, v, lengths=lengths, **shared)
+            out = implementations.attend_with_cache(self.attention, q, cache, k, v, lengths, **shared)
         packed = self._packed("out_proj.weight", x)
         return implementations.output(self.attention, out, self.out_proj.weight, self.out_proj.bias, residual, packed)

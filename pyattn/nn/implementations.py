@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyattn import functional, ops, projection, projection_ops, reference, reference_projection
+from pyattn import decoding, functional, ops, projection, projection_ops, reference, reference_projection
+from pyattn.kv_cache import Ints, KVCache
 from pyattn.projection import Rotary
 from pyattn.spec import AttentionSpec, AttentionTensors
 
@@ -76,6 +77,36 @@ def _torch_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: fl
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout_p, is_causal, scale=spec.scale, enable_gqa=grouped
     )
+
+
+def attend_with_cache(
+    implementation: Implementation,
+    query: Tensor,
+    cache: KVCache,
+    key: Tensor,
+    value: Tensor,
+    lengths: Ints | None,
+    **arguments: Any,
+) -> Tensor:
+    """``pyattn.attention_with_kv_cache``; "naive" and "torch" look at what is in use of a dense cache's buffers."""
+    if implementation == "pyattn":
+        return decoding.attention_with_kv_cache(query, cache, key, value, lengths=lengths, **arguments)
+    if cache.page_size is not None:
+        raise NotImplementedError(f"cache must be dense with attention={implementation!r}, got {cache}")
+    append = cache.prepare(key, value, lengths)
+    span, mask = append.span, arguments.pop("attn_mask")
+    end = max(span.lengths, default=0)
+    if mask is not None:
+        mask = decoding.cut(cache, append, mask)[3]
+    if any(span.starts) or any(first + query.shape[2] != end for first in append.firsts):
+        offset = torch.tensor(append.firsts, device="cpu").to(query.device)
+        arguments |= {"q_offset": offset, "kv_starts": span.tensor("starts"), "kv_lengths": span.tensor("lengths")}
+    elif query.shape[2] == 1 and arguments["window"] is None:
+        arguments["causal"] = False  # one token sees all: without a mask, as people call torch's function
+    keys, values = cache.key[:, :, :end], cache.value[:, :, :end]
+    functional.dense(query, keys, values, attn_mask=mask, **arguments)  # refuses before the cache changes
+    cache.commit(append, key, value)
+    return attend(implementation, query, keys, values, attn_mask=mask, **arguments)
 
 
 def attend_as(implementation: Implementation, spec: AttentionSpec, t: AttentionTensors) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyattn import checks
+from pyattn.kv_cache import Ints
 from pyattn.library import unobserved
 
 _DTYPES = (torch.bool, *checks.FLOAT_DTYPES)
@@ -92,3 +93,19 @@ def convert(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = ~attn_mask
     return Masks(attn_mask, *(runs or ()))
+
+
+def live_keys(lengths: Ints | None, keys: Tensor) -> dict[str, Any]:
+    """Arguments of ``pyattn.attention`` with which of ``keys`` ``[B, L, ...]`` only the first ``lengths`` are seen.
+
+    Rows keep their numbers: of a causal mask row i sees keys up to i.
+    """
+    if lengths is None:
+        return {}
+    B, L = keys.shape[:2]
+    if not isinstance(lengths, Tensor):
+        numbers = checks.check_numbers("lengths", lengths, B)
+        if any(not 0 <= n <= L for n in numbers):
+            raise ValueError(f"lengths must lie in [0, {L}], got {numbers}")
+        lengths = torch.tensor(numbers, dtype=torch.int32, device="cpu").to(keys.device, non_blocking=True)
+    return {"kv_lengths": lengths, "q_offset": 0}

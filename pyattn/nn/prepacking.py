@@ -134,8 +134,8 @@ def prepack(module: nn.Module) -> None:
     cast its weights. Calls under autocast, in ``torch.func`` and compiled ones do not use packed weights.
 
     Args:
-        module: any module; each ``MultiheadAttention`` and ``GroupedQueryAttention`` in it is packed, if its
-            ``attention`` is "pyattn".
+        module: any module; each ``MultiheadAttention``, ``GroupedQueryAttention`` and ``CrossAttention`` in it is
+            packed, if its ``attention`` is "pyattn".
 
     Raises:
         TypeError: ``module`` is no module.
