@@ -84,13 +84,12 @@ def test_the_source_is_read_to_its_ends(alignment):
 def test_alignments_sum_to_one_and_are_zero_at_padding(alignment):
     model = make(alignment)
     source, target = batch()
-    weights = model.train().alignments(source, LENGTHS, target)
+    weights = model.alignments(source, LENGTHS, target)
     assert weights.shape == (4, 6, source.shape[1]) and not weights.requires_grad
     close(weights.sum(-1), torch.ones(4, 6, dtype=torch.float64))
     for row, length in zip(weights, LENGTHS, strict=True):
         assert (row[:, :length] > 0).all() and (row[:, length:] == 0).all()
     assert weights[1].std(0).max() > 1e-3, "steps look at different places"
-    close(weights, model.eval().alignments(source, LENGTHS, target))  # no dropout in what is looked at
 
 
 def states_of(model, source, length):
@@ -219,19 +218,12 @@ def test_translate_stops_when_all_samples_have_ended(alignment):
 
 
 @by_alignment
-def test_translate_leaves_the_mode_as_it_was(alignment):
-    model = make(alignment, dropout=0.5, layers=2)
-    source, _ = batch()
-    expected = model.translate(source, LENGTHS, 9)
-    model.train()
-    model.encoder.eval()  # frozen
-    modes = [module.training for module in model.modules()]
-    assert model.translate(source, LENGTHS, 9) == expected
-    assert [module.training for module in model.modules()] == modes
-    with pytest.raises(ValueError, match="source_lengths"):
-        model.translate(source, [99] * 4, 9)
-    assert [module.training for module in model.modules()] == modes
-    assert torch.is_grad_enabled()
+def test_training_would_change_what_is_written(alignment):
+    model, (source, target) = make(alignment).train(), batch()
+    with pytest.raises(RuntimeError, match="evaluation mode"):
+        model.translate(source, LENGTHS, 9)
+    with pytest.raises(RuntimeError, match="evaluation mode"):
+        model.alignments(source, LENGTHS, target)
 
 
 @by_alignment
@@ -312,7 +304,7 @@ def test_it_learns_to_reverse(alignment):
         loss.backward()
         optimizer.step()
     assert loss < 0.05
-    assert model.translate(source, lengths, 6) == texts
+    assert model.eval().translate(source, lengths, 6) == texts
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # The last tokens, int64 [N], become the logits of the next ones, [N, vocabulary].
 Step = Callable[[Tensor], Tensor]
@@ -19,6 +19,12 @@ class Hypothesis(NamedTuple):
 
     score: float  # log-probability over the length penalty
     tokens: list[int]  # without the end
+
+
+def check_evaluating(model: nn.Module) -> None:
+    """Raises RuntimeError if the model is in training, where dropout would change what it writes."""
+    if model.training:
+        raise RuntimeError("the model must be in evaluation mode, got training: call eval() first")
 
 
 def sample(

@@ -7,8 +7,7 @@ told here: one vector (Sutskever et al. 2014), then a look back at all of the so
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pyattn import checks
+from pyattn.models.generation import check_evaluating
 from pyattn.nn import implementations
 from pyattn.nn.implementations import Implementation
 
@@ -152,6 +152,7 @@ class Seq2Seq(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument; so do the methods.
+        RuntimeError: ``translate`` or ``alignments`` in training.
 
     Example:
         >>> import torch
@@ -162,6 +163,7 @@ class Seq2Seq(nn.Module):
         >>> model(source, lengths, target).shape
         torch.Size([2, 5, 10])
         >>> model.loss(source, lengths, target).backward()
+        >>> _ = model.eval()
         >>> translations = model.translate(source, lengths, max_length=4)
         >>> model.alignments(source, lengths, target).shape
         torch.Size([2, 5, 3])
@@ -209,30 +211,32 @@ class Seq2Seq(nn.Module):
         logits = self(source, source_lengths, target[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten().long(), ignore_index=self.padding)
 
+    @torch.no_grad()
     def translate(
         self, source: Tensor, source_lengths: Lengths, max_length: int, start: int = 1, end: int = 2
     ) -> list[list[int]]:
         """Each sample's likeliest tokens, step by step, up to ``max_length`` or ``end``; ``start`` and it left out."""
         if checks.check_int("max_length", max_length) < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
+        check_evaluating(self)
         written: list[Tensor] = []
-        with self._evaluating():
-            state, memory = self._encode(source, source_lengths)
-            tokens = source.new_full((source.shape[0], 1), start)
-            ended = torch.zeros_like(tokens, dtype=torch.bool)
-            while len(written) < max_length and not ended.all():
-                logits, state = self._decode(tokens, state, memory)  # as in training, of one token
-                tokens = logits.argmax(-1)
-                written.append(tokens)
-                ended |= tokens == end
+        state, memory = self._encode(source, source_lengths)
+        tokens = source.new_full((source.shape[0], 1), start)
+        ended = torch.zeros_like(tokens, dtype=torch.bool)
+        while len(written) < max_length and not ended.all():
+            logits, state = self._decode(tokens, state, memory)  # as in training, of one token
+            tokens = logits.argmax(-1)
+            written.append(tokens)
+            ended |= tokens == end
         return [row[: row.index(end)] if end in row else row for row in torch.cat(written, 1).tolist()]
 
+    @torch.no_grad()
     def alignments(self, source: Tensor, source_lengths: Lengths, target: Tensor) -> Tensor:
         """Where the decoder looks for the token after ``target[:, t]``: weights ``[B, T, S]``, without gradients."""
-        with self._evaluating():
-            state, memory = self._encode(source, source_lengths)
-            _check_tokens("target", target, source)
-            return self.decoder.align(self.embedding(target), state, memory)
+        check_evaluating(self)
+        state, memory = self._encode(source, source_lengths)
+        _check_tokens("target", target, source)
+        return self.decoder.align(self.embedding(target), state, memory)
 
     def _encode(self, source: Tensor, source_lengths: Lengths) -> tuple[Tensor, Memory]:
         """The decoder's first state, and what it may look back at."""
@@ -247,18 +251,6 @@ class Seq2Seq(nn.Module):
         """Logits, and the state after the target."""
         features, state = self.decoder(self.dropout(self.embedding(target)), state, memory)
         return self.output(self.dropout(features)), state
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Without dropout and gradients, whatever the mode outside."""
-        training = [module for module in self.modules() if module.training]  # a part may be frozen by itself
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 def _check_tokens(name: str, x: Any, source: Tensor | None = None, at_least: int = 1) -> None:

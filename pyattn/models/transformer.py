@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyattn.kv_cache import KVCache
-from pyattn.models.generation import beam_search
+from pyattn.models.generation import beam_search, check_evaluating
 from pyattn.nn import CrossAttention, GroupedQueryAttention
 from pyattn.nn.cross import Memory
 from pyattn.nn.implementations import Implementation
@@ -203,10 +203,9 @@ class Transformer(nn.Module):
             The tokens of each text, without the end.
 
         Raises:
-            RuntimeError: the model is in training, where dropout would change what it writes.
+            RuntimeError: the model is in training.
         """
-        if self.training:
-            raise RuntimeError("the model must be in evaluation mode, got training: call eval() first")
+        check_evaluating(self)
         encoded = self.encode(source, lengths)
         caches = self.caches(source.shape[0] * beams, max_length)
 
@@ -226,6 +225,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def alignments(self, source: Tensor, lengths: list[int], target: Tensor) -> Tensor:
         """``[B, T, S]``: what each target token looked at in the source, a mean over the last layer's heads."""
+        check_evaluating(self)
         encoded = self.encode(source, lengths)
         x = self._embed(target)
         for layer, memory in zip(self._decoder[:-1], encoded.memories[:-1], strict=True):

@@ -1,0 +1,183 @@
+"""What the examples share: a training loop with progress, checkpoints, and their command line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from pyattn.models.data import MissingData
+from pyattn.nn.implementations import Implementation
+
+
+def require_extra(*modules: str) -> None:
+    """Says that an optional package is missing before the work starts, not after it."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"this needs {module}: pip install 'pyattn[models]'")
+
+
+@dataclass
+class History:
+    """Of a training."""
+
+    losses: list[float] = field(default_factory=list)  # of each step, in nats
+    evaluations: list[tuple[int, float]] = field(default_factory=list)  # steps taken, and what they led to
+    seconds: float = 0.0  # of all steps, without evaluations
+
+
+def schedule(step: int, steps: int, warm_up: int) -> float:
+    """What the learning rate is multiplied by: a rise in a line, then half a cosine down to a twentieth.
+
+    >>> [round(schedule(i, 100, 10), 2) for i in (0, 9, 55, 99)]
+    [0.1, 1.0, 0.53, 0.05]
+    """
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = (step - warm_up + 1) / max(1, steps - warm_up)
+    return 0.525 + 0.475 * math.cos(math.pi * done)
+
+
+def train(
+    model: nn.Module,
+    batches: Iterator[Any],
+    loss_of: Callable[[Any], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.98),
+    warm_up: int = 100,
+    clip: float = 1.0,
+    evaluate: Callable[[], float] | None = None,
+    every: int | None = None,
+    title: str = "training",
+) -> History:
+    """Trains a model by AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), and leaves it in evaluation mode.
+
+    Args:
+        model: whose parameters change.
+        batches: at least as many as steps.
+        loss_of: a batch's loss in nats, with its graph.
+        steps: of the optimizer.
+        learning_rate: the largest, of ``schedule``.
+        weight_decay: of the matrices; not of what is a vector, such as biases and norms.
+        betas: of AdamW.
+        warm_up: steps up to the largest learning rate.
+        clip: the largest norm of the gradient.
+        evaluate: called without gradients and in evaluation mode.
+        every: steps between evaluations; one more comes at the end.
+        title: of the progress bar.
+
+    Returns:
+        The losses, evaluations and seconds.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    from rich import progress
+
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, learning_rate, betas)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: schedule(i, steps, min(warm_up, steps)))
+    history = History()
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("loss {task.fields[loss]:.3f}"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns) as bar:
+        task = bar.add_task(title, total=steps, loss=math.nan)
+        for step in range(1, steps + 1):
+            start = time.perf_counter()
+            model.train()
+            loss = loss_of(next(batches))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            rates.step()
+            history.losses.append(loss.item())
+            history.seconds += time.perf_counter() - start
+            if not math.isfinite(history.losses[-1]):
+                raise FloatingPointError(f"the loss of step {step} is {history.losses[-1]}: try a lower learning rate")
+            bar.update(task, advance=1, loss=sum(history.losses[-50:]) / len(history.losses[-50:]))
+            if evaluate is not None and (step == steps or (every is not None and step % every == 0)):
+                model.eval()
+                with torch.no_grad():
+                    history.evaluations.append((step, evaluate()))
+    model.eval()
+    return history
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+
+
+def save(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
+    """Writes a model's parameters and what is to be known of it, as JSON, into one safetensors file."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), path, {"about": json.dumps(about)})
+
+
+def load(path: Path, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+    """The model that ``save`` wrote, in evaluation mode; ``make`` makes one of what is known of it."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        model = make(json.loads((file.metadata() or {})["about"]))
+        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return model.eval()
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+def parser(description: str, data: str) -> argparse.ArgumentParser:
+    """The options of every example; ``data`` says what may be trained on instead of the example's own set."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument(
+        "--attention", choices=get_args(Implementation), default="pyattn", help="what computes it, default pyattn"
+    )
+    options.add_argument("--data", type=Path, metavar="PATH", help=data)
+    options.add_argument("--quick", action="store_true", help="a minute, to see that all of it runs")
+    options.add_argument("--steps", type=int, help="of training, for each model")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--threads", type=int, help="default: torch's own choice")
+    options.add_argument("--out", type=Path, metavar="DIR", help="for checkpoints, pictures and metrics.json")
+    return options
+
+
+def run(main: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.ArgumentParser, name: str) -> None:
+    """Runs an example: writes ``metrics.json``, and exits with status 2 where there is no data."""
+    args = options.parse_args()
+    args.out = Path("build") / name if args.out is None else args.out
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    start = time.perf_counter()
+    try:
+        metrics = main(args)
+    except MissingData as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    settings = {"system": name, "attention": args.attention, "seed": args.seed, "quick": args.quick}
+    metrics = settings | metrics | {"seconds": round(time.perf_counter() - start, 1)}
+    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
