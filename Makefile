@@ -15,11 +15,14 @@ CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cu
 DOCTESTS = $(shell grep -rl --include='*.py' '^ *>>> ' pyattn)
 SANITIZED := build/sanitize
 
-.PHONY: demo test test-all bench gpu report sanitize tsan lint clean
+.PHONY: demo data test test-all bench gpu report sanitize tsan lint clean
 
 demo: $(VENV)/built
 	$(PY) -m pyattn compare --out build/demo $(ARGS)
 	$(PY) examples/demo.py --out build/demo
+
+data: $(VENV)/built
+	$(PY) -m pyattn.models.data $(ARGS)
 
 test: $(VENV)/built
 	$(PY) -m pytest --doctest-modules tests $(DOCTESTS) $(ARGS)
