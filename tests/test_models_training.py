@@ -1,0 +1,232 @@
+"""The training loop, checkpoints and command line that the examples share, and the examples themselves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pyattn.models import GPT, data, training
+
+ROOT = Path(__file__).parents[1]
+
+
+def fit(steps=60, seed=0, scale=1.0, **options):
+    """A linear model of three numbers, and its history."""
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 1)
+    truth = torch.tensor([[1.0, -2.0, 3.0]])
+
+    def batches():
+        while True:
+            x = torch.randn(16, 3)
+            yield x, scale * x @ truth.T + 4
+
+    options = {"learning_rate": 0.3, "warm_up": 5, "weight_decay": 0.0} | options
+    history = training.train(model, batches(), lambda b: (model(b[0]) - b[1]).square().mean(), steps=steps, **options)
+    return model, history
+
+
+def test_it_learns_and_says_what_it_did():
+    seen = []
+
+    def evaluate():
+        seen.append((torch.is_grad_enabled(), len(seen)))
+        return float(len(seen))
+
+    model, history = fit(steps=100, evaluate=evaluate, every=40, clip=100.0)
+    assert len(history.losses) == 100 and history.losses[-1] < 0.1 < 10 < history.losses[0]
+    assert [step for step, _ in history.evaluations] == [40, 80, 100]
+    assert seen == [(False, 0), (False, 1), (False, 2)]
+    assert history.seconds > 0 and not model.training
+
+
+def test_it_trains_in_training_mode_and_evaluates_in_the_other():
+    model, modes = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5)), []
+
+    def loss_of(x):
+        modes.append(model.training)
+        return model(x).square().mean()
+
+    def evaluate():
+        modes.append(model.training)
+        return 0.0
+
+    batches = itertools.repeat(torch.ones(4, 2))
+    training.train(model, batches, loss_of, steps=2, learning_rate=0.1, evaluate=evaluate, every=1)
+    assert modes == [True, False, True, False]
+
+
+def test_the_same_seed_gives_the_same_losses():
+    assert fit(seed=1)[1].losses == fit(seed=1)[1].losses != fit(seed=2)[1].losses
+
+
+def test_weights_decay_and_biases_do_not():
+    """With nothing else to do: the gradients are 0."""
+    model = nn.Linear(3, 2)
+    nn.init.ones_(model.weight)
+    nn.init.ones_(model.bias)
+    training.train(
+        model,
+        itertools.repeat(None),
+        lambda _: 0 * sum(p.sum() for p in model.parameters()),
+        steps=10,
+        learning_rate=0.1,
+        weight_decay=0.5,
+        warm_up=1,
+    )
+    rates = [0.1 * training.schedule(i, 10, 1) for i in range(10)]
+    expected = math.prod(1 - 0.5 * rate for rate in rates)
+    torch.testing.assert_close(model.weight, torch.full((2, 3), expected))
+    torch.testing.assert_close(model.bias, torch.ones(2))
+
+
+def test_gradients_are_clipped():
+    """One step of plain Adam is of the size of the learning rate whatever the gradient, so look at its moments."""
+    norms = []
+    model = nn.Linear(3, 1)
+    model.weight.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad.norm().item()))
+    clipped = []
+
+    def loss_of(_):
+        clipped.extend(p.grad.norm().item() for p in (model.weight,) if p.grad is not None)
+        return 1e4 * model(torch.ones(1, 3)).sum()
+
+    training.train(model, itertools.repeat(None), loss_of, steps=2, learning_rate=1e-9, clip=0.5)
+    assert norms[0] > 1e4 and clipped == [pytest.approx(0.5 * norms[0] / math.hypot(norms[0], 1e4), rel=1e-3)]
+
+
+def test_a_loss_that_is_not_finite_stops_it():
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is inf: try a lower learning rate"):
+        fit(scale=1e30)
+
+
+@pytest.mark.parametrize(("steps", "warm_up"), [(100, 10), (10, 10), (5, 1), (1, 1)])
+def test_the_schedule(steps, warm_up):
+    rates = [training.schedule(i, steps, warm_up) for i in range(steps)]
+    top = rates.index(max(rates))
+    assert top == warm_up - 1 and rates[top] == 1
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert min(rates) > 0 and (steps == warm_up or rates[-1] == pytest.approx(0.05))
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_the_model(tmp_path):
+    about = {"vocabulary": 9, "dim": 16, "depth": 1, "heads": 2, "max_length": 12, "attention": "pyattn"}
+    model = GPT(**about).train()
+    path = tmp_path / "new" / "gpt.safetensors"
+    training.save(path, model, about)
+    known = []
+
+    def make(about):
+        known.append(about)
+        return GPT(**about)
+
+    loaded = training.load(path, make)
+    assert known == [about] and not loaded.training
+    tokens = torch.randint(9, (2, 12))
+    assert torch.equal(loaded(tokens), model.eval()(tokens))
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        training.load(path, lambda about: GPT(**(about | {"dim": 8})))
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_metrics(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--seed", "3", "--attention", "naive", "--out", str(tmp_path / "a")])
+    drawn = []
+
+    def main(args):
+        drawn.append(torch.rand(()).item())
+        assert args.attention == "naive" and args.out == tmp_path / "a"
+        return {"BLEU": 12.5}
+
+    training.run(main, training.parser("what it does", "what data"), "translate")
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert metrics.pop("seconds") >= 0
+    assert metrics == {"system": "translate", "attention": "naive", "seed": 3, "quick": False, "BLEU": 12.5}
+    torch.manual_seed(3)
+    assert drawn == [torch.rand(()).item()]
+
+
+def test_missing_data_is_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path)])
+
+    def main(args):
+        data.help_pairs(tmp_path / "nowhere")
+
+    with pytest.raises(SystemExit) as status:
+        training.run(main, training.parser("", ""), "translate")
+    assert status.value.code == 2 and "make data" in capsys.readouterr().err
+
+
+# ---- the examples ------------------------------------------------------------------------------------------
+
+
+def example(name, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Sentences of few words, in two languages of which one has them from the end."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = ["red", "green", "blue", "large", "small", "round", "old", "new"]
+    sentences = [[a, b, c, "thing"] for a, b, c in itertools.product(words, repeat=3)]
+    lines = [" ".join(s) for s in sentences]
+    pairs = [f"{line}\t{' '.join(s[::-1])}" for line, s in zip(lines, sentences, strict=True)]
+    (folder / "pairs.tsv").write_text("\n".join(pairs) + "\n")
+    (folder / "text.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_translate_on_data_of_ones_own(texts, tmp_path):
+    done = example("translate", "--data", texts / "pairs.tsv", "--quick", "--steps", 4, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["train"] + metrics["test"] < 512 and metrics["baselines"]["copy of the source"]["BLEU"] < 50
+    assert set(metrics["seq2seq"]) == {"none", "additive", "multiplicative"}
+    for made in (metrics["transformer"], *metrics["seq2seq"].values()):
+        assert made["steps"] == len(made["losses"]) == 4 and made["losses"][0] > made["losses"][-1] > 1
+    pictures = {"transformer.png", "seq2seq-additive.png", "seq2seq-multiplicative.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == pictures
+    assert (tmp_path / "transformer.safetensors").stat().st_size > 1e5 and (tmp_path / "samples.txt").exists()
+
+
+def test_gpt_on_data_of_ones_own(texts, tmp_path):
+    done = example("gpt", "--data", texts / "text.txt", "--quick", "--steps", 4, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["losses"][0] > metrics["losses"][-1] and metrics["tokens a second"] > 0
+    bits = metrics["bits per byte"]
+    assert bits["5-gram"] < bits["gzip -9"] < 3 and 0.1 < bits["GPT"] < 8
+    assert (tmp_path / "gpt.png").exists() and "To insert a table," in (tmp_path / "samples.txt").read_text()
+
+
+def test_an_example_names_the_set_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYATTN_DATA", str(tmp_path))
+    done = example("gpt", "--out", tmp_path)
+    assert done.returncode == 2 and "make data" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not (data.folder() / "help").exists(), reason="the set 'help' has not been fetched: make data")
+@pytest.mark.parametrize("name", ["translate", "gpt"])
+def test_quick_examples_on_real_data(name, tmp_path):
+    done = example(name, "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "metrics.json").read_text())["quick"] is True
