@@ -29,7 +29,7 @@ from rich.table import Table  # noqa: E402
 
 VOCABULARY, CONTEXT, BATCH = 2048, 256, 8
 SIZE = {"dim": 256, "depth": 4, "heads": 4, "kv_heads": 2, "max_length": 2 * CONTEXT}
-STEPS, LEARNING_RATE = 1500, 2e-3
+STEPS, LEARNING_RATE = 1400, 2e-3
 PROMPTS = ("To insert a table,", "The function returns", "Click the")
 console = Console(highlight=False)
 
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         learning_rate=LEARNING_RATE,
         weight_decay=0.1,
         evaluate=lambda: nats(model, shorter) / len(shorter),
-        every=max(1, steps // 8),
+        every=-(-steps // 8),
         title=f"GPT, {args.attention}",
     )
     path = args.out / "gpt.safetensors"

@@ -195,15 +195,20 @@ def texts(tmp_path_factory):
 
 
 def test_translate_on_data_of_ones_own(texts, tmp_path):
-    done = example("translate", "--data", texts / "pairs.tsv", "--quick", "--steps", 4, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["train"] + metrics["test"] < 512 and metrics["baselines"]["copy of the source"]["BLEU"] < 50
-    assert set(metrics["seq2seq"]) == {"none", "additive", "multiplicative"}
-    for made in (metrics["transformer"], *metrics["seq2seq"].values()):
-        assert made["steps"] == len(made["losses"]) == 4 and made["losses"][0] > made["losses"][-1] > 1
-    pictures = {"transformer.png", "seq2seq-additive.png", "seq2seq-multiplicative.png"}
-    assert {path.name for path in tmp_path.glob("*.png")} == pictures
+    data_and_size = ("--data", texts / "pairs.tsv", "--quick", "--steps", 4, "--out", tmp_path)
+    for model, pictures in (
+        ("transformer", {"transformer.png"}),
+        ("seq2seq", {"transformer.png", "seq2seq-additive.png", "seq2seq-multiplicative.png"}),
+    ):
+        done = example("translate", "--model", model, *data_and_size)
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        assert metrics["train"] + metrics["test"] < 512 and metrics["baselines"]["copy of the source"]["BLEU"] < 50
+        made = metrics["seq2seq"] if model == "seq2seq" else {"transformer": metrics["transformer"]}
+        assert set(made) == ({"none", "additive", "multiplicative"} if model == "seq2seq" else {"transformer"})
+        for found in made.values():
+            assert found["steps"] == len(found["losses"]) == 4 and found["losses"][0] > found["losses"][-1] > 1
+        assert {path.name for path in tmp_path.glob("*.png")} == pictures
     assert (tmp_path / "transformer.safetensors").stat().st_size > 1e5 and (tmp_path / "samples.txt").exists()
 
 
@@ -225,8 +230,8 @@ def test_an_example_names_the_set_that_is_missing(tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not (data.folder() / "help").exists(), reason="the set 'help' has not been fetched: make data")
-@pytest.mark.parametrize("name", ["translate", "gpt"])
-def test_quick_examples_on_real_data(name, tmp_path):
-    done = example(name, "--quick", "--out", tmp_path)
+@pytest.mark.parametrize("arguments", [("translate",), ("translate", "--model", "seq2seq"), ("gpt",)], ids=" ".join)
+def test_quick_examples_on_real_data(arguments, tmp_path):
+    done = example(*arguments, "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["quick"] is True

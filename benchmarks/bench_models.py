@@ -1,0 +1,217 @@
+"""Whole models: a training step and generation of the GPT and of the encoder-decoder, at long contexts.
+
+What is swapped is ``attention=``. Of a training step the time of its attention alone is measured, too: a call of each
+kind that the model makes, forward and backward. Generation attends over caches that hold as much as the context.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from suite import CORES, cpu, significant
+from torch import Tensor, nn
+
+from pyattn import measure
+from pyattn.models import GPT, Transformer
+from pyattn.models.transformer import Encoded
+from pyattn.nn import implementations
+
+NAMES = {"pyattn": "pyattn", "torch SDPA": "torch", "naive": "naive"}
+DIM, HEADS, HEAD_DIM, KV_HEADS, VOCABULARY, NEW_TOKENS = 256, 4, 64, 2, 256, 8
+LAYERS = {"GPT": 4, "Transformer": 2}  # of the Transformer's encoder and decoder each
+MEMORY = 4 * 2**30  # for the longest context
+STEP = 512  # in which that is told
+
+
+class Cell(NamedTuple):
+    threads: int
+    model: str
+    op: str  # "training step", "generation" or "longest context"
+    length: int  # of the text, and of the source; of the longest context the most that is tried
+    batch: int = 1
+    head_dim: int = HEAD_DIM
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.op}-L{self.length}-b{self.batch}-{self.threads}t".replace(" ", "_")
+
+
+CONTEXTS = (512, 2048, 8192, 16384)
+GRID = [
+    *(Cell(CORES, *cell) for cell in itertools.product(LAYERS, ("training step",), CONTEXTS)),
+    *(Cell(CORES, *cell) for cell in itertools.product(LAYERS, ("generation",), CONTEXTS, (1, 16))),
+    *(Cell(CORES, model, "longest context", 131072) for model in LAYERS),
+]
+QUICK = [cell for cell in GRID if cell.length == 512]
+
+
+def model_of(cell: Cell, name: str) -> Any:
+    torch.manual_seed(0)
+    shared: dict[str, Any] = {"vocabulary": VOCABULARY, "dim": DIM, "heads": HEADS, "attention": NAMES[name]}
+    if cell.model == "GPT":
+        return GPT(**shared, depth=LAYERS["GPT"], kv_heads=KV_HEADS, max_length=cell.length + NEW_TOKENS)
+    layers = LAYERS["Transformer"]
+    return Transformer(**shared, encoder_layers=layers, decoder_layers=layers, dropout=0.0)
+
+
+# ---- a training step ---------------------------------------------------------------------------------------
+
+
+def training_step(cell: Cell, name: str, length: int) -> Callable[[], Tensor]:
+    model = model_of(cell, name)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    tokens = torch.randint(3, VOCABULARY, (1, length + 1), generator=torch.Generator().manual_seed(0))
+
+    def step() -> Tensor:
+        if cell.model == "GPT":
+            loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+        else:
+            loss = model.loss(tokens[:, :-1], [length], tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def attention_alone(cell: Cell, name: str) -> Callable[[], Any]:
+    """Forward and backward of all calls of attention in a step: of a GPT causal ones, of a Transformer half of them."""
+    kv_heads = KV_HEADS if cell.model == "GPT" else HEADS
+    q, k, v = (torch.randn(1, h, cell.length, HEAD_DIM, requires_grad=True) for h in (HEADS, kv_heads, kv_heads))
+    kinds = [True] if cell.model == "GPT" else [False, True, False]  # of the encoder, the decoder, between them
+    grad = torch.randn_like(q)
+
+    def run() -> None:
+        for causal in kinds * LAYERS[cell.model]:
+            out = implementations.attend(NAMES[name], q, k, v, causal=causal)
+            torch.autograd.grad(out, (q, k, v), grad)
+
+    return run
+
+
+def naive_bytes(cell: Cell, length: int) -> float:
+    """What naive attention keeps for the backward, in float32: two matrices of scores a head and call, at least."""
+    calls = LAYERS["GPT"] if cell.model == "GPT" else 3 * LAYERS["Transformer"]
+    return 2 * 4 * calls * HEADS * length**2
+
+
+def absent(cell: Cell) -> dict[str, str]:
+    free = measure.available_memory()
+    if cell.op != "training step" or naive_bytes(cell, cell.length) < free:
+        return {}
+    return {
+        "naive": f"needs {naive_bytes(cell, cell.length) / 2**30:.0f} GB for its scores, {free / 2**30:.0f} are free"
+    }
+
+
+def train(cell: Cell, benchmark: Any) -> dict[str, Any]:
+    missing = absent(cell)
+    names = [name for name in NAMES if name not in missing]
+    losses, memory = {}, {}
+    steps = {name: training_step(cell, name, cell.length) for name in names}
+    for name, step in steps.items():
+        losses[name] = step().item()  # also the optimizer's state, and code that is touched for the first time
+        memory[name] = measure.peak_extra_memory(step)
+    assert max(losses.values()) - min(losses.values()) < 1e-4, f"they compute something else: {losses}"
+    rounds = 3 if cell.length >= 8192 else 7
+    times = measure.alternate(steps, rounds=rounds, min_time=1.0)
+    alone = measure.alternate({name: attention_alone(cell, name) for name in names}, rounds=rounds, min_time=1.0)
+    benchmark.pedantic(steps["pyattn"], rounds=1)
+    return {
+        "microseconds": {name: significant(times.median(name) * 1e6) for name in names},
+        "speedup": {name: significant(times.ratio(name, "pyattn")) for name in names if name != "pyattn"},
+        "attention_microseconds": {name: significant(alone.median(name) * 1e6) for name in names},
+        "attention_speedup": {name: significant(alone.ratio(name, "pyattn")) for name in names if name != "pyattn"},
+        "peak_extra_bytes": memory,
+        "absent": missing,
+        "rounds": rounds,
+    }
+
+
+# ---- the longest context -----------------------------------------------------------------------------------
+
+
+def longest(cell: Cell, name: str) -> dict[str, int]:
+    """The longest context, in steps of STEP, whose training step stays below MEMORY, and what it took."""
+
+    @functools.cache
+    def peak(length: int) -> int:
+        step = training_step(cell._replace(length=length), name, length)
+        step()
+        return measure.peak_extra_memory(step) or 0
+
+    low = high = STEP
+    while high <= cell.length and peak(high) <= MEMORY:
+        low, high = high, 2 * high
+    while high - low > max(STEP, low // 16):
+        middle = (low + high) // 2 // STEP * STEP
+        low, high = (middle, high) if peak(middle) <= MEMORY else (low, middle)
+    return {"length": low, "bytes": peak(low)}
+
+
+# ---- generation --------------------------------------------------------------------------------------------
+
+
+def filled(caches: list[Any], length: int) -> None:
+    for cache in caches:
+        for _ in range(length // 512):
+            shape = (cache.batch, cache.num_kv_heads, 512, cache.head_dim)
+            cache.append(torch.randn(shape), torch.randn(shape))
+
+
+@torch.no_grad()
+def generation(cell: Cell, name: str) -> Callable[[], Tensor]:
+    """NEW_TOKENS tokens of each text, of which the caches hold ``length`` tokens, and as many of the source."""
+    model: nn.Module = model_of(cell, name).eval()
+    caches = model.caches(cell.batch, cell.length + NEW_TOKENS)  # type: ignore[operator]
+    torch.manual_seed(1)
+    filled(caches, cell.length)
+    first = torch.full((cell.batch, 1), 5)
+    if isinstance(model, Transformer):
+        layers = model.decoder
+        source = torch.randn(cell.batch, cell.length, DIM)
+        memories = [layer.cross_attention.project(source) for layer in layers]  # type: ignore[union-attr, operator]
+        encoded = Encoded(memories, [cell.length] * cell.batch)
+
+    @torch.no_grad()
+    def write() -> Tensor:
+        for cache in caches:
+            cache.truncate([cell.length] * cell.batch)
+        if isinstance(model, GPT):
+            return model.generate(first, NEW_TOKENS, temperature=0, caches=caches)
+        tokens = [first]
+        for _ in range(NEW_TOKENS):
+            tokens.append(model.decode(tokens[-1], encoded, caches)[:, -1].argmax(-1, keepdim=True))
+        return torch.cat(tokens[1:], 1)
+
+    return write
+
+
+def generate(cell: Cell, benchmark: Any) -> dict[str, Any]:
+    runs = {name: generation(cell, name) for name in NAMES}
+    texts = {name: run() for name, run in runs.items()}
+    assert all(torch.equal(text, texts["naive"]) for text in texts.values()), f"they write something else: {texts}"
+    times = measure.alternate(runs, rounds=5, min_time=1.0)
+    benchmark.pedantic(runs["pyattn"], rounds=1)
+    rate = cell.batch * NEW_TOKENS
+    return {
+        "microseconds": {name: significant(times.median(name) * 1e6 / NEW_TOKENS) for name in runs},
+        "tokens_per_second": {name: significant(rate / times.median(name)) for name in runs},
+        "speedup": {name: significant(times.ratio(name, "pyattn")) for name in runs if name != "pyattn"},
+        "rounds": len(times.samples["pyattn"]),
+    }
+
+
+def test_models(cell: Cell, cells: list[dict[str, Any]], benchmark: Any) -> None:
+    made: dict[str, Any]
+    if cell.op == "longest context":
+        if measure.peak_extra_memory(lambda: None) is None or math.isinf(measure.available_memory()):
+            return  # the system does not tell
+        made = {"longest": {name: longest(cell, name) for name in NAMES}}
+        benchmark.pedantic(lambda: None, rounds=1)
+    else:
+        made = (train if cell.op == "training step" else generate)(cell, benchmark)
+    cells.append(cell._asdict() | {"isa": cpu().isa()} | made)
