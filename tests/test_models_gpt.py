@@ -109,5 +109,9 @@ def test_errors():
         GPT(attention="sdpa")
     with pytest.raises(ValueError, match="tokens must have at most max_length=40 positions, got 41"):
         model_of()(tokens_of(1, 41))
+    with pytest.raises(ValueError, match=r"prompts must have shape \[B, L\] with at least one token, got \[2, 0\]"):
+        model_of().generate(tokens_of(2, 0), 1)
+    with pytest.raises(ValueError, match=r"lengths must lie in \[1, 5\], got \[5, 0\]"):
+        model_of().generate(tokens_of(2, 5), 1, lengths=[5, 0])
     with pytest.raises(ValueError, match="length must be at most max_positions = 40"):
         model_of().generate(tokens_of(1, 39), 9)

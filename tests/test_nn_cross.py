@@ -99,6 +99,21 @@ def test_construction_errors(error, message, arguments):
         CrossAttention(**({"embed_dim": E, "num_heads": H} | arguments))
 
 
+@pytest.mark.parametrize("name", ["q_proj", "kv_proj", "out_proj"])
+def test_a_part_that_is_no_linear(name):
+    """Its weight would be read, and what it adds left out."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    module = CrossAttention(E, H)
+    setattr(module, name, Adapted(E, 2 * E if name == "kv_proj" else E))
+    x = torch.randn(2, 5, E)
+    with pytest.raises(TypeError, match=f"{name} must be a torch.nn.Linear: its weight is read, got Adapted"):
+        module(x, module.project(x))
+
+
 def test_call_errors():
     module = CrossAttention(E, H, memory_dim=M)
     x, memory = torch.randn(2, 5, E), module.project(torch.randn(2, 7, M))
@@ -109,6 +124,8 @@ def test_call_errors():
         (TypeError, "memory must be the pair that project returns, got Tensor", lambda: module(x, memory[0])),
         (ValueError, "x must have a multiple of the memory's 2 samples, got 3", lambda: module(x[[0, 0, 1]], memory)),
         (ValueError, r"lengths must lie in \[0, 7\], got \[8, 1\]", lambda: module(x, memory, lengths=[8, 1])),
+        (TypeError, "lengths must be int32 or int64", lambda: module(x, memory, lengths=torch.ones(2))),
+        (ValueError, r"lengths must have shape \[B\]", lambda: module(x, memory, lengths=torch.ones(3).int())),
         (ValueError, r"residual must have shape \[N, L, E\]", lambda: module(x, memory, residual=x[:, :1])),
     ):
         with pytest.raises(error, match=message):

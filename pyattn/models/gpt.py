@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyattn import checks
 from pyattn.kv_cache import KVCache
 from pyattn.models.generation import sample
 from pyattn.nn import GroupedQueryAttention, RMSNorm, RotaryEmbedding
@@ -152,9 +153,14 @@ class GPT(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument; a text would exceed ``max_length``.
         """
+        if prompts.dim() != 2 or prompts.shape[1] < 1:
+            raise ValueError(f"prompts must have shape [B, L] with at least one token, got {list(prompts.shape)}")
         B, L = prompts.shape
+        ends = [L] * B if lengths is None else checks.check_numbers("lengths", lengths, B)
+        if any(not 1 <= end <= L for end in ends):
+            raise ValueError(f"lengths must lie in [1, {L}], got {ends}")
         caches = self.caches(B, L + new_tokens) if caches is None else caches
-        last = torch.tensor([L] * B if lengths is None else lengths, device=prompts.device) - 1
+        last = torch.tensor(ends, device=prompts.device) - 1
         x = self._stream(prompts, caches, lengths)[torch.arange(B, device=prompts.device), last]
         chosen: list[Tensor] = []
         for i in range(new_tokens):

@@ -26,10 +26,10 @@ class Encoded(NamedTuple):
     lengths: list[int]
 
 
-def sinusoids(length: int, dim: int) -> Tensor:
-    """``[length, dim]``: element 2 i of a position is ``sin(position / 10000^(2 i / dim))``, 2 i + 1 its cosine."""
+def sinusoids(positions: range, dim: int) -> Tensor:
+    """``[L, dim]``: element 2 i of a position is ``sin(position / 10000^(2 i / dim))``, 2 i + 1 its cosine."""
     frequencies = 10000 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    angles = torch.outer(torch.arange(positions.start, positions.stop, dtype=torch.float64), frequencies)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :dim].float()
 
 
@@ -139,8 +139,8 @@ class Transformer(nn.Module):
 
     def _embed(self, tokens: Tensor, first: int = 0) -> Tensor:
         dim = self.tokens.embedding_dim
-        positions = sinusoids(first + tokens.shape[1], dim)[first:].to(self.tokens.weight)
-        return self.dropout(self.tokens(tokens) * math.sqrt(dim) + positions)
+        positions = sinusoids(range(first, first + tokens.shape[1]), dim)
+        return self.dropout(self.tokens(tokens) * math.sqrt(dim) + positions.to(self.tokens.weight))
 
     def encode(self, source: Tensor, lengths: list[int]) -> Encoded:
         """Reads int64 ``[B, S]``, of which the first ``lengths`` tokens count."""

@@ -83,6 +83,7 @@ class CrossAttention(Prepackable):
 
     def _heads(self, name: str, x: Tensor, num_heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
         part = getattr(self, name)
+        implementations.check_linear(**{name: part, "out_proj": self.out_proj})
         packed = self._packed(f"{name}.weight", x)
         return implementations.project(self.attention, x, part.weight, part.bias, num_heads, packed=packed)
 

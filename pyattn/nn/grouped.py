@@ -123,9 +123,7 @@ class GroupedQueryAttention(Prepackable):
 
     def _check_parts(self) -> None:
         """That the parts whose weights are read, and which are not called, would compute what is computed."""
-        for name, part in (("qkv_proj", self.qkv_proj), ("out_proj", self.out_proj)):
-            if type(part).forward is not nn.Linear.forward:
-                raise TypeError(f"{name} must be a torch.nn.Linear: its weight is read, got {type(part).__name__}")
+        implementations.check_linear(qkv_proj=self.qkv_proj, out_proj=self.out_proj)
         for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
             if norm is not None and (type(norm).forward is not nn.RMSNorm.forward or norm.weight is None):
                 raise TypeError(f"{name} must be an RMSNorm with a weight, which is read, got {norm}")

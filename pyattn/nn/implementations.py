@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyattn import decoding, functional, ops, projection, projection_ops, reference, reference_projection
 from pyattn.kv_cache import Ints, KVCache
@@ -21,6 +21,13 @@ def check(attention: Any) -> Implementation:
     if not isinstance(attention, str) or attention not in get_args(Implementation):
         raise ValueError(f"attention must be one of {', '.join(get_args(Implementation))}, got {attention!r}")
     return attention  # type: ignore[return-value]
+
+
+def check_linear(**parts: nn.Module) -> None:
+    """That the parts whose weights are read, and which are not called, would compute what is computed."""
+    for name, part in parts.items():
+        if type(part).forward is not nn.Linear.forward:
+            raise TypeError(f"{name} must be a torch.nn.Linear: its weight is read, got {type(part).__name__}")
 
 
 def project(

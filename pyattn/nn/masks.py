@@ -103,7 +103,10 @@ def live_keys(lengths: Ints | None, keys: Tensor) -> dict[str, Any]:
     if lengths is None:
         return {}
     B, L = keys.shape[:2]
-    if not isinstance(lengths, Tensor):
+    if isinstance(lengths, Tensor):
+        checks.check_tensor("lengths", lengths, checks.INDEX_DTYPES, keys, "x")
+        checks.check_shape("lengths", lengths, (B,), "[B]")
+    else:
         numbers = checks.check_numbers("lengths", lengths, B)
         if any(not 0 <= n <= L for n in numbers):
             raise ValueError(f"lengths must lie in [0, {L}], got {numbers}")
