@@ -7,9 +7,7 @@ In a cell all peers take turns in one process (``pyattn.measure.alternate``); it
 A suite ``bench_NAME.py`` has a GRID of cells and a QUICK part of it; it writes ``results/<device>/NAME.json``.
 """
 
-import datetime
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from pyattn import compare
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import suite`: importlib mode does not add it
 
@@ -61,11 +57,7 @@ def cells(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
 
 
 def save(suite: str, cells: list[dict[str, Any]], directory: Path) -> Path:
-    environment = compare.environment()
-    del environment["threads"]  # each cell has its own
-    environment["device"] = re.sub(r"\W+", "-", f"{environment['cpu']} {environment['cores']}c".lower())
-    environment["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    environment["command"] = " ".join(["python -m pytest", *sys.argv[1:]])
+    environment = store.environment(" ".join(["python -m pytest", *sys.argv[1:]]))
     forced = os.environ.get("PYATTN_CPU_ISA")
     path = directory / environment["device"] / (f"{suite}_{forced}.json" if forced else f"{suite}.json")
     store.save(path, environment, cells)

@@ -215,6 +215,33 @@ def multihead_rows(cells: list[Cell]) -> list[Row]:
     ]
 
 
+def models_rows(cells: list[Cell]) -> list[Row]:
+    peers = ("torch SDPA", "naive")
+
+    def row(cell: Cell) -> Row:
+        alone, memory = cell.get("attention_speedup", {}), cell.get("peak_extra_bytes", {})
+        rates = cell.get("tokens_per_second", {})
+        return (
+            {"": f"{cell['model']}, {cell['op']}", "context": str(cell["length"]), "batch": str(cell["batch"])}
+            | {"pyattn ms": f"{cell['microseconds']['pyattn'] / 1e3:.0f}"}
+            | {"tokens/s": f"{rates['pyattn']:.0f}" if rates else ""}
+            | speedups(cell, list(peers))
+            | {f"attention over {name}": f"{alone[name]:.2f}x" if name in alone else "" for name in peers}
+            | {f"{name} MB": f"{memory[name] / 1e6:.0f}" if name in memory else "" for name in ("pyattn", *peers)}
+        )
+
+    rows = [
+        row(cell)
+        for op, model in itertools.product(("training step", "generation"), ("GPT", "Transformer"))
+        for cell in select(cells, op=op, model=model)
+    ]
+    for cell in cells:
+        if cell["op"] == "longest context":
+            lengths = ", ".join(f"{name} {found['length']}" for name, found in cell["longest"].items())
+            rows.append(dict.fromkeys(rows[0], "") | {"": f"{cell['model']}, longest in 4 GB", "context": lengths})
+    return rows
+
+
 def gpu_projection_rows(cells: list[Cell]) -> list[Row]:
     def kind(cell: Cell) -> str:
         heads = f"{cell['heads']} heads" + (f" on {cell['kv_heads']}" if cell["kv_heads"] != cell["heads"] else "")
@@ -355,6 +382,24 @@ SUITES = {
         multihead_rows,
         "Self-attention of one sample by 8 heads with need_weights=False. A training step is forward and backward, "
         "with gradients of input and parameters; the forward is in evaluation, where torch takes its C++ fast path.",
+    ),
+    "models": Suite(
+        "Whole models",
+        models_rows,
+        "float32. A GPT of 4 blocks, 4 heads on 2, and a Transformer of 2 and 2 layers, 4 heads, source and target as "
+        "long as the context; width 256, vocabulary 256, batch 1 in training. A training step is forward, backward and "
+        "update; attention: the same calls of attention alone, forward and backward; MB: the peak of a step beyond the "
+        "model. Generation is greedy, over caches that hold the context.",
+        Plot(
+            "Whole models: lower is faster",
+            {
+                f"{model}, {op}": {"model": model, "op": op, "batch": 1}
+                for model, op in itertools.product(("GPT", "Transformer"), ("training step", "generation"))
+            },
+            "ms a step or token",
+            lambda cell: {name: us / 1e3 for name, us in cell["microseconds"].items()},
+            log=True,
+        ),
     ),
     "attention_memory": Suite(
         "Memory",
