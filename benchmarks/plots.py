@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyattn import compare
+from pyattn import checks, compare
 
-compare.require_extra("matplotlib")
+checks.require_extra("compare", "matplotlib")
 
 import matplotlib  # noqa: E402
 

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyattn import compare, measure
+from pyattn import checks, compare, measure
 from pyattn.models.gpt import GPT
 
-compare.require_extra("rich", "matplotlib")
+checks.require_extra("compare", "rich", "matplotlib")
 
 import matplotlib  # noqa: E402
 

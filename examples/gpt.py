@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyattn import checks
 from pyattn.models import GPT, data, text, training
 
-training.require_extra("matplotlib", "rich", "safetensors", "tokenizers")
+checks.require_extra("models", "matplotlib", "rich", "safetensors", "tokenizers")
 
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from pyattn import checks
 from pyattn.models import Seq2Seq, Transformer, data, text, training
 
-training.require_extra("matplotlib", "rich", "sacrebleu", "safetensors", "sklearn", "tokenizers")
+checks.require_extra("models", "matplotlib", "rich", "sacrebleu", "safetensors", "sklearn", "tokenizers")
 
 import sacrebleu  # noqa: E402
 from rich.console import Console  # noqa: E402

@@ -6,6 +6,7 @@ and of device tensors when ``PYATTN_CHECK=1`` asks for the synchronisation.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -276,3 +277,10 @@ def check_slots(name: str, slots: Tensor, total: int) -> None:
     """Places in a cache or among new tokens, where they can be read without synchronising."""
     if slots.device.type == "cpu" or CHECK_DEVICE_VALUES:
         _within(name, slots, 0, total - 1, "the places there are")
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Says that an optional package is missing before the work starts, not after it."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"this needs {module}: pip install 'pyattn[{extra}]'")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import pyattn
-from pyattn import compare, dispatch, jit, measure, precompile
+from pyattn import checks, compare, dispatch, jit, measure, precompile
 from pyattn.backends import cuda
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,7 +112,7 @@ def _positives(text: str) -> tuple[int, ...]:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    compare.require_extra("rich", *(["matplotlib"] if args.out else []))
+    checks.require_extra("compare", "rich", *(["matplotlib"] if args.out else []))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no usable GPU")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

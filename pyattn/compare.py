@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,13 +98,6 @@ def describe(environment: dict[str, Any], device: str = "cpu") -> str:
     cpu = f"{environment['cpu']}, {isa}, {threads} thread{'s' if threads > 1 else ''}"
     machine = environment["gpu"] if device == "cuda" else cpu
     return f"{machine}, torch {environment['torch']}, pyattn {environment['pyattn']}"
-
-
-def require_extra(*modules: str) -> None:
-    """Say that an optional package is missing before the work starts, not after it."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"this needs {module}: pip install 'pyattn[compare]'")
 
 
 # ---- the measurement ---------------------------------------------------------------------------------------

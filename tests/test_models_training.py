@@ -90,7 +90,7 @@ def test_weights_decay_and_biases_do_not():
 
 
 def test_gradients_are_clipped():
-    """One step of plain Adam is of the size of the learning rate whatever the gradient, so look at its moments."""
+    """All together: the bias has a gradient, too."""
     norms = []
     model = nn.Linear(3, 1)
     model.weight.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad.norm().item()))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from pyattn import checks
 from pyattn.models.data import Pair
 
 if TYPE_CHECKING:
@@ -81,10 +82,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     >>> tokenizer.encode("lower </s>").tokens
     ['lower', 'Ġ', '<', '/', 's', '>']
     """
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("this needs tokenizers: pip install 'pyattn[models]'") from error
+    checks.require_extra("models", "tokenizers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(SPECIAL) + len(alphabet)
     if vocabulary < smallest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
@@ -18,13 +17,6 @@ from torch import Tensor, nn
 
 from pyattn.models.data import MissingData
 from pyattn.nn.implementations import Implementation
-
-
-def require_extra(*modules: str) -> None:
-    """Says that an optional package is missing before the work starts, not after it."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"this needs {module}: pip install 'pyattn[models]'")
 
 
 @dataclass
