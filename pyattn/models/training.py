@@ -32,7 +32,7 @@ def schedule(step: int, steps: int, warm_up: int) -> float:
     """What the learning rate is multiplied by: a rise in a line, then half a cosine down to a twentieth.
 
     >>> [round(schedule(i, 100, 10), 2) for i in (0, 9, 55, 99)]
-    [0.1, 1.0, 0.53, 0.05]
+    [0.1, 1.0, 0.51, 0.05]
     """
     if step < warm_up:
         return (step + 1) / warm_up
