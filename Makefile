@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+# Processes that share the tests. Threads that wait sleep, or each process would take the others' cores.
+JOBS ?= auto
 # Of `make gpu`: a Python that has torch with CUDA, triton, pybind11, ninja and pytest; nothing is installed.
 GPU_PYTHON ?= python3
 STAGE ?= check
@@ -25,10 +27,10 @@ data: $(VENV)/built
 	$(PY) -m pyattn.models.data $(ARGS)
 
 test: $(VENV)/built
-	$(PY) -m pytest --doctest-modules tests $(DOCTESTS) $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal --doctest-modules tests $(DOCTESTS) $(ARGS)
 
 test-all: $(VENV)/built
-	$(PY) -m pytest --doctest-modules -m "not gpu" tests $(DOCTESTS) $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal --doctest-modules -m "not gpu" tests $(DOCTESTS) $(ARGS)
 
 bench: $(VENV)/installed-bench
 	$(PY) -m pytest --benchmark-only benchmarks $(ARGS)
