@@ -62,11 +62,12 @@ def attend(implementation: Implementation, query: Tensor, key: Tensor, value: Te
         return functional.attention(query, key, value, **arguments)
     if implementation == "naive":
         return functional.naive_attention(query, key, value, **arguments)
-    return _torch_attention(query, key, value, **arguments)
+    dropout_p = arguments.pop("dropout_p", 0.0)  # torch's own function draws it
+    return _torch_attention(*functional.dense(query, key, value, **arguments), dropout_p)
 
 
-def _torch_attention(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0, **arguments: Any) -> Tensor:
-    spec, t = functional.dense(query, key, value, **arguments)
+def _torch_attention(spec: AttentionSpec, t: AttentionTensors, dropout_p: float = 0.0) -> Tensor:
+    query, key, value = t[:3]
     if spec.softcap:
         raise NotImplementedError('attention="torch" has no softcap, got one')
     plain = t._replace(attn_mask=None)[3:] == (None,) * (len(t) - 3)
@@ -111,9 +112,9 @@ def attend_with_cache(
     elif query.shape[2] == 1 and arguments["window"] is None:
         arguments["causal"] = False  # one token sees all: without a mask, as people call torch's function
     keys, values = cache.key[:, :, :end], cache.value[:, :, :end]
-    functional.dense(query, keys, values, attn_mask=mask, **arguments)  # refuses before the cache changes
+    spec, t = functional.dense(query, keys, values, attn_mask=mask, **arguments)  # refuses before the cache changes
     cache.commit(append, key, value)
-    return attend(implementation, query, keys, values, attn_mask=mask, **arguments)
+    return _torch_attention(spec, t) if implementation == "torch" else reference.naive_attention(spec, t, False)[0]
 
 
 def attend_as(implementation: Implementation, spec: AttentionSpec, t: AttentionTensors) -> Tensor:
