@@ -53,8 +53,8 @@ def all_texts(max_length):
     yield from (list(text) for text in itertools.product(others, repeat=max_length))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0, 6.0])
+@pytest.mark.parametrize("seed", range(6))
 def test_all_hypotheses_find_the_best_of_all_texts(alpha, seed):
     chain = Chain(batch=3, beams=VOCABULARY**3, seed=seed)
     for b, found in enumerate(chain.search(4, alpha)):

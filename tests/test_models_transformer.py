@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pyattn.models.generation import beam_search
 from pyattn.models.transformer import Transformer, sinusoids
 
 VOCABULARY, START = 40, 1
@@ -141,6 +142,41 @@ def test_it_writes_the_same_with_a_cache(attention, norm):
             text.append(model(source[b : b + 1, :n], [n], torch.tensor([text]))[0, -1].argmax().item())
         assert greedy[b] == [t for t in text[1:] if t != end]
     assert len(greedy[0]) <= 4
+
+
+@by_norm
+@by_attention
+def test_logits_are_the_same_with_a_cache(attention, norm):
+    """Token by token, and several at once."""
+    model, source, target = model_of(attention, norm=norm), tokens_of(2, 9), tokens_of(2, 8, seed=2)
+    with torch.no_grad():
+        encoded, caches = model.encode(source, [9, 4]), model.caches(2, 8)
+        steps = [model.decode(part, encoded, caches) for part in target.split([1, 1, 3, 1, 2], 1)]
+        torch.testing.assert_close(torch.cat(steps, 1), model.decode(target, encoded))
+
+
+class Uncached:
+    """Reads every hypothesis anew from its beginning."""
+
+    def __init__(self, model, encoded, hypotheses):
+        self.model, self.encoded, self.texts = model, encoded, [[] for _ in range(hypotheses)]
+
+    def step(self, tokens):
+        self.texts = [[*text, token] for text, token in zip(self.texts, tokens.tolist(), strict=True)]
+        with torch.no_grad():
+            return self.model.decode(torch.tensor(self.texts), self.encoded)[:, -1]
+
+    def reorder(self, indices):
+        self.texts = [self.texts[i] for i in indices]
+
+
+@by_attention
+def test_beam_search_takes_its_caches_along(attention):
+    model, source, lengths = model_of(attention), tokens_of(6, 9), [9, 3, 6, 1, 5, 2]
+    peer = Uncached(model, model.encode(source, lengths), 6 * 4)
+    first = torch.full((6,), START)
+    found = beam_search(peer.step, peer.reorder, first, beams=4, max_length=8, end=-1)
+    assert model.translate(source, lengths, 8, beams=4, end=-1) == [hypothesis.tokens for hypothesis in found]
 
 
 def test_beam_search_scores_what_the_model_says():
