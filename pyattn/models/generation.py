@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from pyattn import checks
 
 # The last tokens, int64 [N], become the logits of the next ones, [N, vocabulary].
 Step = Callable[[Tensor], Tensor]
@@ -25,6 +27,15 @@ def check_evaluating(model: nn.Module) -> None:
     """Raises RuntimeError if the model is in training, where dropout would change what it writes."""
     if model.training:
         raise RuntimeError("the model must be in evaluation mode, got training: call eval() first")
+
+
+def check_tokens(name: str, x: Any, source: Tensor | None = None, at_least: int = 1) -> None:
+    """``x`` is ``[B, L]`` of token numbers, with the batch size of ``source``."""
+    checks.check_tensor(name, x, checks.INDEX_DTYPES)
+    if x.dim() != 2 or x.shape[0] < 1 or x.shape[1] < at_least:
+        raise ValueError(f"{name} must have shape [B, L], B at least 1 and L at least {at_least}, got {list(x.shape)}")
+    if source is not None:
+        checks.check_shape(name, x, (source.shape[0], x.shape[1]), "[B, T]")
 
 
 def sample(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pyattn import checks
-from pyattn.models.generation import check_evaluating
+from pyattn.models.generation import check_evaluating, check_tokens
 from pyattn.nn import implementations
 from pyattn.nn.implementations import Implementation
 
@@ -24,8 +24,7 @@ Lengths = Sequence[int] | Tensor
 
 
 def _gru(inputs: int, dim: int, layers: int, dropout: float, **options: Any) -> nn.GRU:
-    between = dropout if layers > 1 else 0.0  # torch warns where there is no between
-    return nn.GRU(inputs, dim, layers, batch_first=True, dropout=between, **options)
+    return nn.GRU(inputs, dim, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0, **options)
 
 
 class Encoder(nn.Module):
@@ -134,8 +133,7 @@ class MultiplicativeDecoder(Decoder):
 class Seq2Seq(nn.Module):
     """Source tokens [B, S] and target tokens [B, T], <s> first -> logits [B, T, target_vocabulary] of what comes next.
 
-    Tokens are int32 or int64. ``source_lengths``, a list or an int32 or int64 tensor [B], says how many of a sample's S
-    tokens count, the first ones, from 1 to S; any may stand behind them.
+    Tokens are int32 or int64. ``source_lengths``, a list or int tensor [B], says how many of a sample's S tokens count.
 
     Args:
         vocabulary: of the source.
@@ -202,12 +200,12 @@ class Seq2Seq(nn.Module):
     def forward(self, source: Tensor, source_lengths: Lengths, target: Tensor) -> Tensor:
         """Logits of the token after ``target[:, t]``, given the true target so far: teacher forcing."""
         state, memory = self._encode(source, source_lengths)
-        _check_tokens("target", target, source)
+        check_tokens("target", target, source)
         return self._decode(target, state, memory)[0]
 
     def loss(self, source: Tensor, source_lengths: Lengths, target: Tensor) -> Tensor:
         """Mean cross-entropy, in nats, of each token of ``target`` ``[B, T]`` but the first and ``padding``."""
-        _check_tokens("target", target, at_least=2)
+        check_tokens("target", target, at_least=2)
         logits = self(source, source_lengths, target[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten().long(), ignore_index=self.padding)
 
@@ -219,28 +217,26 @@ class Seq2Seq(nn.Module):
         if checks.check_int("max_length", max_length) < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         check_evaluating(self)
-        written: list[Tensor] = []
         state, memory = self._encode(source, source_lengths)
-        tokens = source.new_full((source.shape[0], 1), start)
-        ended = torch.zeros_like(tokens, dtype=torch.bool)
-        while len(written) < max_length and not ended.all():
-            logits, state = self._decode(tokens, state, memory)  # as in training, of one token
-            tokens = logits.argmax(-1)
-            written.append(tokens)
-            ended |= tokens == end
-        return [row[: row.index(end)] if end in row else row for row in torch.cat(written, 1).tolist()]
+        written = [source.new_full((source.shape[0], 1), start)]
+        ended = torch.zeros_like(written[0], dtype=torch.bool)
+        while len(written) <= max_length and not ended.all():
+            logits, state = self._decode(written[-1], state, memory)  # as in training, of one token
+            written.append(logits.argmax(-1))
+            ended |= written[-1] == end
+        return [row[: row.index(end)] if end in row else row for row in torch.cat(written[1:], 1).tolist()]
 
     @torch.no_grad()
     def alignments(self, source: Tensor, source_lengths: Lengths, target: Tensor) -> Tensor:
         """Where the decoder looks for the token after ``target[:, t]``: weights ``[B, T, S]``, without gradients."""
         check_evaluating(self)
         state, memory = self._encode(source, source_lengths)
-        _check_tokens("target", target, source)
+        check_tokens("target", target, source)
         return self.decoder.align(self.embedding(target), state, memory)
 
     def _encode(self, source: Tensor, source_lengths: Lengths) -> tuple[Tensor, Memory]:
         """The decoder's first state, and what it may look back at."""
-        _check_tokens("source", source)
+        check_tokens("source", source)
         lengths = checks.check_numbers("source_lengths", source_lengths, source.shape[0])
         if not all(1 <= length <= source.shape[1] for length in lengths):
             raise ValueError(f"source_lengths must lie in [1, S] = [1, {source.shape[1]}], got {lengths}")
@@ -251,11 +247,3 @@ class Seq2Seq(nn.Module):
         """Logits, and the state after the target."""
         features, state = self.decoder(self.dropout(self.embedding(target)), state, memory)
         return self.output(self.dropout(features)), state
-
-
-def _check_tokens(name: str, x: Any, source: Tensor | None = None, at_least: int = 1) -> None:
-    checks.check_tensor(name, x, checks.INDEX_DTYPES)
-    if x.dim() != 2 or x.shape[0] < 1 or x.shape[1] < at_least:
-        raise ValueError(f"{name} must have shape [B, L], B at least 1 and L at least {at_least}, got {list(x.shape)}")
-    if source is not None:
-        checks.check_shape(name, x, (source.shape[0], x.shape[1]), "[B, T]")
