@@ -20,7 +20,7 @@ from pathlib import Path
 import ninja
 import pybind11
 from ninja.ninja_syntax import Writer
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 AVX2 = "-mavx2 -mfma -mf16c"
@@ -132,4 +132,12 @@ class NinjaBuild(build_ext):
         self.copy_file(str(library), str(target))
 
 
-setup(ext_modules=[Extension("pyattn._native", SOURCES)], cmdclass={"build_ext": NinjaBuild})
+# What `import torch` runs stands outside pyattn, since the inside of a package cannot be imported without the whole.
+AUTOLOAD = {"pyattn_autoload": "pyattn/integrations/autoload"}
+
+setup(
+    packages=[*find_packages(include=["pyattn*"]), *AUTOLOAD],
+    package_dir=AUTOLOAD,
+    ext_modules=[Extension("pyattn._native", SOURCES)],
+    cmdclass={"build_ext": NinjaBuild},
+)

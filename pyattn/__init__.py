@@ -6,6 +6,8 @@ from pyattn import flops, nn
 from pyattn.decoding import attention_with_kv_cache
 from pyattn.dispatch import SlowPathWarning
 from pyattn.functional import attention, attention_varlen, explain, naive_attention
+from pyattn.integrations import environment
+from pyattn.integrations.sdpa import install, installed, uninstall
 from pyattn.kv_cache import KVCache
 from pyattn.log import logging
 from pyattn.merging import merge_attention
@@ -17,6 +19,7 @@ try:
     __version__ = version("pyattn")
 except PackageNotFoundError:  # a clone on sys.path, never installed
     __version__ = "0+unknown"
+environment.obey()
 
 __all__ = [
     "KVCache",
@@ -28,6 +31,8 @@ __all__ = [
     "attention_with_kv_cache",
     "explain",
     "explain_projection",
+    "install",
+    "installed",
     "logging",
     "merge_attention",
     "naive_attention",
@@ -35,4 +40,5 @@ __all__ = [
     "output_projection",
     "qkv_projection",
     "scaled_dot_product_attention",
+    "uninstall",
 ]

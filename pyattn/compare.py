@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pyattn
 from pyattn import dispatch, functional, measure
+from pyattn.integrations import sdpa as takeover
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,6 +87,11 @@ class Comparison:
 
 
 def environment() -> dict[str, Any]:
+    """Of what is measured; raises RuntimeError where pyattn would be compared with itself."""
+    if takeover.is_installed():
+        raise RuntimeError(
+            "pyattn stands in the place of torch's SDPA: unset PYATTN_INSTALL, or call pyattn.uninstall()"
+        )
     cpu: Any = dispatch.load("cpu")
     isa = None if cpu.unavailable() else cpu.isa()
     return {"pyattn": pyattn.__version__, **measure.machine(), "isa": isa}

@@ -1,0 +1,1 @@
+"""pyattn in the place of what others call: torch, flash-attn, transformers, diffusers, xformers."""
