@@ -136,7 +136,8 @@ class NinjaBuild(build_ext):
 AUTOLOAD = {"pyattn_autoload": "pyattn/integrations/autoload"}
 
 setup(
-    packages=[*find_packages(include=["pyattn*"]), *AUTOLOAD],
+    # kernels/ has no __init__.py: with one, libraries that run in this folder would take it for PyPI's of that name
+    packages=[*find_packages(include=["pyattn*"]), "pyattn.kernels", *AUTOLOAD],
     package_dir=AUTOLOAD,
     ext_modules=[Extension("pyattn._native", SOURCES)],
     cmdclass={"build_ext": NinjaBuild},

@@ -43,7 +43,7 @@ def main() -> None:
             suite = SUITES[name]
             if not suite.on_gpu:
                 threads = args.threads or max(cell["threads"] for cell in cells)
-                cells = [c for c in cells if c["threads"] == threads and c["head_dim"] == HEAD_DIM]
+                cells = [c for c in cells if c["threads"] == threads and c.get("head_dim", HEAD_DIM) == HEAD_DIM]
             rows = suite.rows(cells)
             if not rows:
                 raise ValueError(f"{name} has nothing for its table with {threads} threads and head dim {HEAD_DIM}")
@@ -88,7 +88,11 @@ def conditions(environment: dict[str, Any], cells: list[Cell]) -> str:
     if "threads" not in one:
         return compare.describe(environment, "cuda") + f", triton {environment['triton']}"
     machine = compare.describe(environment | {"threads": one["threads"]})
-    return f"batch x heads {one['batch_heads']}, head dim {one['head_dim']}; {machine}"
+    return (
+        f"batch x heads {one['batch_heads']}, head dim {one['head_dim']}; {machine}"
+        if "batch_heads" in one
+        else machine
+    )
 
 
 def caption(environment: dict[str, Any], cells: list[Cell], note: str) -> str:
@@ -240,6 +244,15 @@ def models_rows(cells: list[Cell]) -> list[Row]:
             lengths = ", ".join(f"{name} {found['length']}" for name, found in cell["longest"].items())
             rows.append(dict.fromkeys(rows[0], "") | {"": f"{cell['model']}, longest in 4 GB", "context": lengths})
     return rows
+
+
+def embeddings_rows(cells: list[Cell]) -> list[Row]:
+    return [
+        {"": f"{cell['batch']} text{'s' if cell['batch'] > 1 else ''}", "longest, tokens": str(cell["length"])}
+        | {"pyattn ms": f"{cell['microseconds']['pyattn'] / 1e3:.1f}"}
+        | speedups(cell, ["torch SDPA", "eager"])
+        for cell in cells
+    ]
 
 
 def gpu_projection_rows(cells: list[Cell]) -> list[Row]:
@@ -400,6 +413,12 @@ SUITES = {
             lambda cell: {name: us / 1e3 for name, us in cell["microseconds"].items()},
             log=True,
         ),
+    ),
+    "embeddings": Suite(
+        "Embeddings by all-MiniLM-L6-v2",
+        embeddings_rows,
+        "float32, by way of transformers, whose attention is what differs: 12 heads of 32, 6 layers. Texts are padded "
+        "to the longest, none is below half of it; cosines between the embeddings are above 0.99999.",
     ),
     "attention_memory": Suite(
         "Memory",

@@ -1,13 +1,15 @@
-"""What the examples reach on real data, by several seeds with pyattn and by one with naive attention.
+"""What the examples reach on real data, and how near their losses are with pyattn and with naive attention.
 
     make data
-    python benchmarks/systems.py --only gpt
+    python benchmarks/systems.py --only gpt --parts seeds
 
-Each run is a process of its own, of the command that its row names. Where one seed was run with both, the largest
-difference of their losses over the first steps stands in a row of its own.
+"seeds": several seeds with pyattn, one with naive attention, each the command that its row names. "losses": the first
+steps of a shorter training with naive attention, against the same with pyattn, and against naive attention again, but on
+one thread: sums are rounded in another order then, and training enlarges every difference.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import subprocess
@@ -21,29 +23,51 @@ import store
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = {"translate": "translate.py", "seq2seq": "translate.py --model seq2seq", "gpt": "gpt.py"}
 SEEDS = {"pyattn": (0, 1, 2), "naive": (0,)}
+STEPS = (1, 10, 25, 50, 100, 200)  # up to which losses are compared
+SHORT = f"--seed 0 --quick --steps {STEPS[-1]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
     args = parser.parse_args()
     environment = store.environment("python benchmarks/systems.py")
     path = args.results / environment["device"] / "systems.json"
-    before = json.loads(path.read_text())["cells"] if path.exists() else []
-    cells = [cell for cell in before if cell["system"] not in args.only]
-    for system in args.only:
-        runs = [(attention, seed, run(system, attention, seed)) for attention, seeds in SEEDS.items() for seed in seeds]
-        cells += [without_losses(metrics) | {"system": system} for _, _, metrics in runs]
-        by_attention = {attention: losses(metrics) for attention, seed, metrics in runs if seed == 0}
-        cells.append({"system": system, "largest loss difference": largest_difference(**by_attention)})
+    cells = json.loads(path.read_text())["cells"] if path.exists() else []
+    for part, system in itertools.product(args.parts, args.only):
+        made = [row | {"system": system, "part": part} for row in PARTS[part](system)]
+        cells = [cell for cell in cells if (cell["system"], cell["part"]) != (system, part)] + made
         store.save(path, environment, cells)  # a run takes minutes: keep what is there
-        print(f"{system}: {path}", flush=True)
+        print(f"{system}, {part}: {path}", flush=True)
 
 
-def run(system: str, attention: str, seed: int) -> dict[str, Any]:
+def seeds(system: str) -> list[dict[str, Any]]:
+    runs = [(attention, seed) for attention, seeds in SEEDS.items() for seed in seeds]
+    return [without_losses(run(f"{SYSTEMS[system]} --attention {name} --seed {seed}")) for name, seed in runs]
+
+
+def compare_losses(system: str) -> list[dict[str, Any]]:
+    """The largest difference up to each of STEPS, among all models that the example trains."""
+    command = f"{SYSTEMS[system]} {SHORT} --attention"
+    base = losses(run(f"{command} naive"))
+    rows = []
+    for other in ("pyattn", "naive --threads 1"):
+        metrics = run(f"{command} {other}")
+        pairs = [(base[name], others) for name, others in losses(metrics).items()]
+        largest = {n: max(abs(a - b) for x, y in pairs for a, b in zip(x[:n], y[:n], strict=True)) for n in STEPS}
+        rounded = {n: float(f"{difference:.2g}") for n, difference in largest.items()}
+        rows.append({"attention": other, "largest difference to naive": rounded, "command": metrics["command"]})
+    return rows
+
+
+PARTS = {"seeds": seeds, "losses": compare_losses}
+
+
+def run(arguments: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
-        command = f"examples/{SYSTEMS[system]} --attention {attention} --seed {seed}"
+        command = f"examples/{arguments}"
         print(f"python {command}", flush=True)
         subprocess.run([sys.executable, *shlex.split(command), "--out", out], cwd=ROOT, check=True)
         return json.loads((Path(out) / "metrics.json").read_text()) | {"command": f"python {command}"}
@@ -60,10 +84,6 @@ def losses(metrics: dict[str, Any]) -> dict[str, list[float]]:
     found = {"": metrics} | {name: part for name, part in metrics.items() if isinstance(part, dict)}
     found |= metrics.get("seq2seq", {})
     return {name: part["losses"] for name, part in found.items() if "losses" in part}
-
-
-def largest_difference(pyattn: dict[str, list[float]], naive: dict[str, list[float]]) -> float:
-    return max(abs(a - b) for name in pyattn for a, b in zip(pyattn[name], naive[name], strict=True))
 
 
 if __name__ == "__main__":

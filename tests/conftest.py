@@ -20,9 +20,6 @@ if not torch.cuda.is_available():
 from pyattn.backends import cpu
 from pyattn.testing import Case, forward_and_gradients, run
 
-# In the source folder, which `python -m` puts there, other libraries would take ours for the package named kernels.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent.parent]
-
 
 class Engine(NamedTuple):
     """A backend, on one instruction set where it has several."""

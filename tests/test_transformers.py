@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -331,6 +335,12 @@ def test_masks_that_are_no_intervals():
         assert not isinstance(mask, integration.IntervalMask) and mask.shape == (3, 1, 11, 11)
 
 
+def test_padding_that_has_no_values():
+    with FakeTensorMode() as mode:
+        mask = make_mask(attention_mask=mode.from_tensor(padding(11, "left").bool()))
+    assert not isinstance(mask, integration.IntervalMask) and mask.shape == (3, 1, 11, 11)
+
+
 def test_a_mask_behaves_like_a_tensor():
     mask = make_mask()
     dense = mask.dense()
@@ -365,6 +375,20 @@ def test_the_offset_of_a_static_cache_counts_on():
     mask = make_mask(q_length=2, q_offset=offset)
     offset += 2
     assert mask.intervals.q_offset.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("first", ["torch", "transformers", "pyattn", "transformers.modeling_utils"])
+def test_the_environment_registers(first, tmp_path):
+    code = f"""
+import {first}
+import transformers
+config = transformers.GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="pyattn")
+assert transformers.modeling_utils.__spec__.loader.__class__.__name__ == "SourceFileLoader"
+"""
+    environment = os.environ | {"PYATTN_TRANSFORMERS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- attention without a mask ------------------------------------------------------------------------------------

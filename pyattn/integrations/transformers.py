@@ -134,7 +134,7 @@ def mask(
     else:
         arguments |= {"q_length": q_length, "q_offset": q_offset, "device": device}
     intervals = None
-    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    if not _traced(attention_mask):
         found = _parse(mask_function, masking_utils)
         padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         intervals = found and _intervals(found, padding, batch_size, kv_length, q_offset, kv_offset)
@@ -143,6 +143,13 @@ def mask(
     arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     shape = (batch_size, 1, q_length or 0, kv_length)
     return IntervalMask.make(shape, device, intervals, functools.partial(masking_utils.sdpa_mask, **arguments))
+
+
+def _traced(padding: Tensor | None) -> bool:
+    """Whether a graph is being made, so that nobody can look at the padding."""
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    fake = padding is not None and type(padding) is not Tensor
+    return fake or capturing or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class _Pattern(NamedTuple):
