@@ -1,11 +1,11 @@
 """What the examples reach on real data, and how near their losses are with pyattn and with naive attention.
 
     make data
-    python benchmarks/systems.py --only gpt --parts seeds
+    python benchmarks/systems.py --only gpt --parts systems
 
-"seeds": several seeds with pyattn, one with naive attention, each the command that its row names. "losses": the first
-steps of a shorter training with naive attention, against the same with pyattn, and against naive attention again, but on
-one thread: sums are rounded in another order then, and training enlarges every difference.
+"systems": several seeds with pyattn, one with naive attention, each the command that its row names. "losses": the first
+steps of a shorter training with naive attention, against the same with pyattn, and against naive attention again, but
+on one thread: sums are rounded in another order then, and training enlarges every difference.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import store
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = {"translate": "translate.py", "seq2seq": "translate.py --model seq2seq", "gpt": "gpt.py"}
@@ -34,16 +35,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
     args = parser.parse_args()
     environment = store.environment("python benchmarks/systems.py")
-    path = args.results / environment["device"] / "systems.json"
-    cells = json.loads(path.read_text())["cells"] if path.exists() else []
     for part, system in itertools.product(args.parts, args.only):
-        made = [row | {"system": system, "part": part} for row in PARTS[part](system)]
-        cells = [cell for cell in cells if (cell["system"], cell["part"]) != (system, part)] + made
-        store.save(path, environment, cells)  # a run takes minutes: keep what is there
-        print(f"{system}, {part}: {path}", flush=True)
+        path = args.results / environment["device"] / f"{part}.json"
+        cells = json.loads(path.read_text())["cells"] if path.exists() else []
+        common = {"system": system, "threads": torch.get_num_threads()}
+        made = [row | common for row in PARTS[part](system)]
+        store.save(path, environment, [cell for cell in cells if cell["system"] != system] + made)
+        print(f"{system}: {path}", flush=True)  # a run takes minutes: what is there is kept
 
 
-def seeds(system: str) -> list[dict[str, Any]]:
+def train_seeds(system: str) -> list[dict[str, Any]]:
     runs = [(attention, seed) for attention, seeds in SEEDS.items() for seed in seeds]
     return [without_losses(run(f"{SYSTEMS[system]} --attention {name} --seed {seed}")) for name, seed in runs]
 
@@ -58,11 +59,11 @@ def compare_losses(system: str) -> list[dict[str, Any]]:
         pairs = [(base[name], others) for name, others in losses(metrics).items()]
         largest = {n: max(abs(a - b) for x, y in pairs for a, b in zip(x[:n], y[:n], strict=True)) for n in STEPS}
         rounded = {n: float(f"{difference:.2g}") for n, difference in largest.items()}
-        rows.append({"attention": other, "largest difference to naive": rounded, "command": metrics["command"]})
+        rows.append({"attention": other, "largest difference": rounded, "command": metrics["command"]})
     return rows
 
 
-PARTS = {"seeds": seeds, "losses": compare_losses}
+PARTS = {"systems": train_seeds, "losses": compare_losses}
 
 
 def run(arguments: str) -> dict[str, Any]:
