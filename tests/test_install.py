@@ -153,6 +153,8 @@ def test_vmap_and_grad(ours):
         assert len(ours) == 1
         torch.testing.assert_close(gradient(q[0]), expected_gradient)
         assert len(ours) == 2
+        each = torch.stack([gradient(x) for x in q])
+        torch.testing.assert_close(torch.vmap(gradient)(q), each)
 
 
 def operators(graph_module):

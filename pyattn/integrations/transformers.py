@@ -8,7 +8,6 @@ here holds the intervals; whoever looks at its entries, finds them.
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -173,38 +172,47 @@ def _least(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
 
 
-def _parse(function: Any, masking: Any) -> _Pattern | None:
-    """The pattern of a mask function that transformers has composed; None if it may be another one.
+@functools.cache
+def _factories() -> dict[Any, str]:
+    """Of the functions that transformers composes masks of: the name of what has returned one, by its code."""
+    from transformers import masking_utils
 
-    A function that a function has returned is known by its code, and its parameters are in its closure.
-    """
+    dummies: dict[str, tuple[Any, ...]] = {
+        "and_masks": (),
+        "sliding_window_overlay": (1,),
+        "sliding_window_bidirectional_overlay": (1,),
+        "packed_sequence_mask_function": (None,),
+        "remap_positions_for_packed_sequence": (None, None),
+    }
+    known = {name: getattr(masking_utils, name, None) for name in dummies}  # some are missing in transformers 4
+    return {factory(*dummies[name]).__code__: name for name, factory in known.items() if factory is not None}
+
+
+def _parse(function: Any, masking: Any) -> _Pattern | None:
+    """The pattern of a mask function that transformers has composed; None if it may be another one."""
     if function is masking.causal_mask_function:
         return _Pattern(right=0)
     if function is getattr(masking, "bidirectional_mask_function", None):
         return _Pattern()
     code = getattr(function, "__code__", None)
-    inner = inspect.getclosurevars(function).nonlocals if code is not None else {}
-
-    def made_by(name: str, *dummies: Any) -> bool:
-        factory = getattr(masking, name, None)
-        return factory is not None and factory(*dummies).__code__ is code
-
-    if made_by("and_masks"):
+    factory = _factories().get(code)
+    if code is None or factory is None:
+        return None
+    inner = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
+    if factory == "and_masks":
         pattern: _Pattern | None = _Pattern()
         for part in inner["mask_functions"]:
             found = _parse(part, masking)
             pattern = None if pattern is None or found is None else pattern & found
         return pattern
-    if made_by("sliding_window_overlay", 1):
+    if factory == "sliding_window_overlay":
         return _Pattern(left=inner["sliding_window"] - 1)
-    if made_by("sliding_window_bidirectional_overlay", 1):
+    if factory == "sliding_window_bidirectional_overlay":
         return _Pattern(left=inner["sliding_window"], right=inner["sliding_window"])
-    if made_by("packed_sequence_mask_function", None):
+    if factory == "packed_sequence_mask_function":
         return _Pattern(sequences=inner["packed_sequence_mask"])
-    if made_by("remap_positions_for_packed_sequence", None, None):
-        found = _parse(inner["mask_function"], masking)
-        return found and found & _Pattern(by_position=True)
-    return None
+    found = _parse(inner["mask_function"], masking)
+    return found and found & _Pattern(by_position=True)
 
 
 def _intervals(
@@ -238,6 +246,8 @@ def _cumulative(sequences: Tensor) -> Tensor:
 
 def _bounds(padding: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
     """The first key and one past the last of each row, int64 ``[B]``; None if there are gaps between."""
+    if padding.all():  # as most often
+        return None, None
     valid = padding.to(torch.int32)
     counts, size = valid.sum(1), valid.shape[1]
     starts = valid.argmax(1) * (counts > 0)
