@@ -274,11 +274,12 @@ def systems_rows(cells: list[Cell]) -> list[Row]:
         ours, (naive,) = ([run for run in runs if run["attention"] == name] for name in ("pyattn", "naive"))
         minutes = [run["seconds"] / 60 for run in ours]
         for model, (metric, baselines, _) in scores(naive).items():
+            digits = 1 if metric == "BLEU" else 3
             rows.append(
                 {"": model, "metric": metric}
-                | {"baselines": ", ".join(f"{name} {value:.3g}" for name, value in baselines.items())}
-                | {"pyattn, by seed": ", ".join(f"{scores(run)[model][2]:.3g}" for run in ours)}
-                | {"naive": f"{scores(naive)[model][2]:.3g}"}
+                | {"baselines": ", ".join(f"{name} {value:.{digits}f}" for name, value in baselines.items())}
+                | {"pyattn, by seed": ", ".join(f"{scores(run)[model][2]:.{digits}f}" for run in ours)}
+                | {"naive": f"{scores(naive)[model][2]:.{digits}f}"}
                 | {"minutes, all of it": f"{min(minutes):.1f} to {max(minutes):.1f}"}
             )
     return rows
