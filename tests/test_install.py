@@ -353,7 +353,7 @@ def test_samples_of_torch(dtype):
         count = 1 if dtype in (torch.float16, torch.bfloat16) else len(truth)
         for x, y, z in list(zip(ours, theirs, truth, strict=True))[:count]:
             error, other = ((u - z).abs().max().item() for u in (x, y))
-            assert error <= 2 * other + 100 * torch.finfo(dtype).eps * max(z.abs().max().item(), 1)
+            assert error <= 2 * other + 200 * torch.finfo(dtype).eps * max(z.abs().max().item(), 1)
 
 
 def test_gradients_of_samples():

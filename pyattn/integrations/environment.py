@@ -39,14 +39,22 @@ def _try(variable: str, action: Callable[[], object]) -> None:
 
 
 def _after_import(name: str, action: Callable[[], None]) -> None:
-    if name in sys.modules:
+    if _is_complete(name):
         action()
     else:
         sys.meta_path.insert(0, _Finder(name, action))
 
 
+def _is_complete(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as the others do, once, and runs an action after it."""
+    """Finds one module as the others do, once, and runs an action after it.
+
+    If that module is just being imported, and torch by it, the next import afterwards runs the action.
+    """
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name = name
@@ -56,6 +64,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.name:
+            if _is_complete(self.name):
+                sys.meta_path.remove(self)
+                self.action()
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
