@@ -20,7 +20,7 @@ def load_mutant(monkeypatch: pytest.MonkeyPatch, folder: Path, file: str, old: s
     from pyattn.backends.triton import projection
 
     monkeypatch.setattr(triton, "_plans", {})  # of kernels without the bug
-    source = Path(importlib.util.find_spec("pyattn.kernels").origin).parent
+    source = Path(importlib.util.find_spec("pyattn.kernels.tile").origin).parent
     for name in _NAMES:
         text = (source / f"{name}.py").read_text()
         if file == f"{name}.py":
