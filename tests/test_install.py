@@ -23,10 +23,12 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     torch._dynamo.reset()
-    before = torch._C._dispatch_dump("aten::scaled_dot_product_attention")
+    before = torch._C._dispatch_dump("aten::scaled_dot_product_attention"), torch.backends.mha.get_fastpath_enabled()
     yield
+    handle = takeover._installation  # which must not need to be forgotten
     pyattn.uninstall()
-    assert torch._C._dispatch_dump("aten::scaled_dot_product_attention") == before
+    after = torch._C._dispatch_dump("aten::scaled_dot_product_attention"), torch.backends.mha.get_fastpath_enabled()
+    assert after == before, handle
 
 
 @pytest.fixture
@@ -267,7 +269,8 @@ def test_install_and_uninstall(ours):
     q = randn(2, 3, 5, 8)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     pyattn.uninstall()  # of nothing is nothing
-    assert pyattn.install() is pyattn.install()
+    handle = pyattn.install()
+    assert pyattn.install() is handle
     with pyattn.installed():
         pass
     attend(q, q, q)
