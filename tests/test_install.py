@@ -25,10 +25,9 @@ def nothing_is_left():
     torch._dynamo.reset()
     before = torch._C._dispatch_dump("aten::scaled_dot_product_attention"), torch.backends.mha.get_fastpath_enabled()
     yield
-    handle = takeover._installation  # which must not need to be forgotten
     pyattn.uninstall()
     after = torch._C._dispatch_dump("aten::scaled_dot_product_attention"), torch.backends.mha.get_fastpath_enabled()
-    assert after == before, handle
+    assert after == before
 
 
 @pytest.fixture
@@ -269,7 +268,7 @@ def test_install_and_uninstall(ours):
     q = randn(2, 3, 5, 8)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     pyattn.uninstall()  # of nothing is nothing
-    handle = pyattn.install()
+    handle = pyattn.install()  # uninstalling must not wait until nobody has it
     assert pyattn.install() is handle
     with pyattn.installed():
         pass
