@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pyattn import measure
 from pyattn.models import GPT, Transformer
-from pyattn.models.transformer import Encoded
 from pyattn.nn import implementations
 
 NAMES = {"pyattn": "pyattn", "torch SDPA": "torch", "naive": "naive"}
@@ -165,15 +164,13 @@ def filled(caches: list[Any], length: int) -> None:
 def generation(cell: Cell, name: str) -> Callable[[], Tensor]:
     """NEW_TOKENS tokens of each text, of which the caches hold ``length`` tokens, and as many of the source."""
     model: nn.Module = model_of(cell, name).eval()
-    caches = model.caches(cell.batch, cell.length + NEW_TOKENS)  # type: ignore[operator]
+    writer: Any = model.decoder if isinstance(model, Transformer) else model
+    caches = writer.caches(cell.batch, cell.length + NEW_TOKENS)
     torch.manual_seed(1)
     filled(caches, cell.length)
     first = torch.full((cell.batch, 1), 5)
     if isinstance(model, Transformer):
-        layers = model.decoder
-        source = torch.randn(cell.batch, cell.length, DIM)
-        memories = [layer.cross_attention.project(source) for layer in layers]  # type: ignore[union-attr, operator]
-        encoded = Encoded(memories, [cell.length] * cell.batch)
+        encoded = writer.read(torch.randn(cell.batch, cell.length, DIM), [cell.length] * cell.batch)
 
     @torch.no_grad()
     def write() -> Tensor:
@@ -183,7 +180,7 @@ def generation(cell: Cell, name: str) -> Callable[[], Tensor]:
             return model.generate(first, NEW_TOKENS, temperature=0, caches=caches)
         tokens = [first]
         for _ in range(NEW_TOKENS):
-            tokens.append(model.decode(tokens[-1], encoded, caches)[:, -1].argmax(-1, keepdim=True))
+            tokens.append(writer(tokens[-1], encoded, caches)[:, -1].argmax(-1, keepdim=True))
         return torch.cat(tokens[1:], 1)
 
     return write

@@ -1,17 +1,20 @@
-"""What the examples reach on real data, and how near their losses are with pyattn and with naive attention.
+"""What the examples reach on real data, how fast a step is, and how near the losses are to those of naive attention.
 
     make data
     python benchmarks/systems.py --only gpt --parts systems
 
-"systems": several seeds with pyattn, one with naive attention, each the command that its row names. "losses": the first
-steps of a shorter training with naive attention, against the same with pyattn, and against naive attention again, but
-on one thread: sums are rounded in another order then, and training enlarges every difference.
+"systems": several seeds with pyattn, one with naive attention, each the command that its row names. "steps": the time
+of a training step with pyattn, torch's SDPA and naive attention, in runs that alternate. "losses": the first steps of a
+shorter training with naive attention, against the same with pyattn, and against naive attention again, but on one
+thread: sums are rounded in another order then, and training enlarges every difference.
 """
 
 import argparse
 import itertools
 import json
+import operator
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,10 +25,13 @@ import store
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SYSTEMS = {"translate": "translate.py", "seq2seq": "translate.py --model seq2seq", "gpt": "gpt.py"}
+SYSTEMS = {"translate": "translate.py", "seq2seq": "translate.py --model seq2seq"} | {
+    name: f"{name}.py" for name in ("gpt", "vit", "speech", "caption", "forecast", "classify")
+}
 SEEDS = {"pyattn": (0, 1, 2), "naive": (0,)}
 STEPS = (1, 10, 25, 50, 100, 200)  # up to which losses are compared
 SHORT = f"--seed 0 --quick --steps {STEPS[-1]}"
+TIMED, ROUNDS = 60, 3
 
 
 def main() -> None:
@@ -36,11 +42,12 @@ def main() -> None:
     args = parser.parse_args()
     environment = store.environment("python benchmarks/systems.py")
     for part, system in itertools.product(args.parts, args.only):
-        path = args.results / environment["device"] / f"{part}.json"
+        path = args.results / environment["device"] / ("losses.json" if part == "losses" else "systems.json")
         cells = json.loads(path.read_text())["cells"] if path.exists() else []
-        common = {"system": system, "threads": torch.get_num_threads()}
+        common = {"part": part, "system": system, "threads": torch.get_num_threads()}
         made = [row | common for row in PARTS[part](system)]
-        store.save(path, environment, [cell for cell in cells if cell["system"] != system] + made)
+        others = [cell for cell in cells if (cell["part"], cell["system"]) != (part, system)]
+        store.save(path, environment, others + made)
         print(f"{system}: {path}", flush=True)  # a run takes minutes: what is there is kept
 
 
@@ -63,7 +70,30 @@ def compare_losses(system: str) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"systems": train_seeds, "losses": compare_losses}
+def time_steps(system: str) -> list[dict[str, Any]]:
+    """Milliseconds of a step, of each model that the example trains; ratios of runs beside each other, the median."""
+    took: dict[str, dict[str, list[float]]] = {}
+    for _ in range(ROUNDS):
+        for name in ("pyattn", "torch", "naive"):
+            metrics = run(f"{SYSTEMS[system]} --seed 0 --quick --steps {TIMED} --attention {name}")
+            for model, about in trainings(metrics).items():
+                milliseconds = 1e3 * about["training seconds"] / about["steps"]
+                took.setdefault(model, {}).setdefault(name, []).append(milliseconds)
+    return [
+        {
+            "model": model,
+            "milliseconds": {name: round(statistics.median(all_), 2) for name, all_ in times.items()},
+            "speedup": {
+                name: round(statistics.median(map(operator.truediv, times[name], times["pyattn"])), 3)
+                for name in ("torch", "naive")
+            },
+            "rounds": ROUNDS,
+        }
+        for model, times in took.items()
+    ]
+
+
+PARTS = {"systems": train_seeds, "steps": time_steps, "losses": compare_losses}
 
 
 def run(arguments: str) -> dict[str, Any]:
@@ -75,16 +105,23 @@ def run(arguments: str) -> dict[str, Any]:
 
 
 def without_losses(metrics: Any) -> Any:
+    if isinstance(metrics, list):
+        return [without_losses(part) for part in metrics]
     if not isinstance(metrics, dict):
         return metrics
     return {name: without_losses(value) for name, value in metrics.items() if name != "losses"}
 
 
+def trainings(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each model that a run has trained."""
+    found = {"": metrics} | {name: part for name, part in metrics.items() if isinstance(part, dict)}
+    found |= metrics.get("seq2seq", {}) | {part["name"]: part for part in metrics.get("results", ())}
+    return {name: part for name, part in found.items() if "training seconds" in part}
+
+
 def losses(metrics: dict[str, Any]) -> dict[str, list[float]]:
     """Of the first steps, of each model that a run has trained."""
-    found = {"": metrics} | {name: part for name, part in metrics.items() if isinstance(part, dict)}
-    found |= metrics.get("seq2seq", {})
-    return {name: part["losses"] for name, part in found.items() if "losses" in part}
+    return {name: part["losses"] for name, part in trainings(metrics).items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """README's tables: what of a suite's cells stands in which row and column."""
 
 import itertools
+from typing import NamedTuple
 
 from plots import COLORS, ON_GPUS, OURS, Cell, select
 
@@ -165,32 +166,54 @@ def embeddings_rows(cells: list[Cell]) -> list[Row]:
     ]
 
 
-def scores(cell: Cell) -> dict[str, tuple[str, dict[str, float], float]]:
-    """Of a run of an example, by model: the metric, its value by baseline, and the model's."""
+class Score(NamedTuple):
+    metric: str
+    baselines: dict[str, float]
+    value: float
+    digits: int = 1
+    model: str = ""  # what the timed steps call it
+
+
+def scores(cell: Cell) -> dict[str, Score]:
+    """Of a run of an example, by model."""
+    if "results" in cell:
+        return {
+            found["name"]: Score(*(found[key] for key in ("metric", "baselines", "value", "digits", "name")))
+            for found in cell["results"]
+        }
     if cell["system"] == "gpt":
         bits = dict(cell["bits per byte"])
-        return {"GPT": ("bits per byte, lower is better", bits, bits.pop("GPT"))}
+        ours = bits.pop("GPT")
+        return {"GPT": Score("bits per byte, lower is better", bits, ours, 3)}
     baselines = {name: found["BLEU"] for name, found in cell["baselines"].items()}
     if cell["system"] == "translate":
-        return {"Transformer, 4 beams": ("BLEU", baselines, cell["transformer"]["beams 4"]["BLEU"])}
-    found = {f"GRU, {name} attention": made["greedy"]["BLEU"] for name, made in cell["seq2seq"].items()}
-    return {name.replace("none", "no"): ("BLEU", baselines, bleu) for name, bleu in found.items()}
+        return {
+            "Transformer, 4 beams": Score("BLEU", baselines, cell["transformer"]["beams 4"]["BLEU"], 1, "transformer")
+        }
+    return {
+        f"GRU, {'no' if name == 'none' else name} attention": Score("BLEU", baselines, made["greedy"]["BLEU"], 1, name)
+        for name, made in cell["seq2seq"].items()
+    }
 
 
 def systems_rows(cells: list[Cell]) -> list[Row]:
+    """A row a model: what it reached by seed, and how much faster its training steps are."""
     rows = []
     for system in dict.fromkeys(cell["system"] for cell in cells):
-        runs = [cell for cell in cells if cell["system"] == system]
+        runs = [cell for cell in cells if cell["system"] == system and cell["part"] == "systems"]
+        steps = {c["model"]: c["speedup"] for c in cells if c["system"] == system and c["part"] == "steps"}
         ours, (naive,) = ([run for run in runs if run["attention"] == name] for name in ("pyattn", "naive"))
         minutes = [run["seconds"] / 60 for run in ours]
-        for model, (metric, baselines, _) in scores(naive).items():
-            digits = 1 if metric == "BLEU" else 3
+        for name, (metric, baselines, value, digits, model) in scores(naive).items():
+            ratios = steps.get(model, {})
             rows.append(
-                {"": model, "metric": metric}
-                | {"baselines": ", ".join(f"{name} {value:.{digits}f}" for name, value in baselines.items())}
-                | {"pyattn, by seed": ", ".join(f"{scores(run)[model][2]:.{digits}f}" for run in ours)}
-                | {"naive": f"{scores(naive)[model][2]:.{digits}f}"}
+                {"": name, "metric": metric}
+                | {"baselines": ", ".join(f"{base} {x:.{digits}f}" for base, x in baselines.items())}
+                | {"pyattn, by seed": ", ".join(f"{scores(run)[name].value:.{digits}f}" for run in ours)}
+                | {"naive": f"{value:.{digits}f}"}
+                | {f"step over {peer}": f"{x:.2f}x" if (x := ratios.get(peer)) else "" for peer in ("torch", "naive")}
                 | {"minutes, all of it": f"{min(minutes):.1f} to {max(minutes):.1f}"}
+                | {"command": f"`{naive['command'].partition(' --attention')[0]}`"}
             )
     return rows
 

@@ -72,13 +72,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     console.print(table)
     speed = write(model, tokenizer, args.out / "samples.txt")
     picture(args.out / "gpt.png", history)
-    return {
-        "steps": steps,
-        "training seconds": round(history.seconds, 1),
-        "bits per byte": {name: round(value, 4) for name, value in bits.items()},
-        "tokens a second": round(speed, 1),
-        "losses": [round(loss, 6) for loss in history.losses[:200]],
-    }
+    found = {"bits per byte": {name: round(value, 4) for name, value in bits.items()}}
+    return training.summary(history) | found | {"tokens a second": round(speed, 1)}
 
 
 def make(about: dict[str, Any]) -> GPT:
@@ -142,19 +137,9 @@ def write(model: GPT, tokenizer: Any, path: Path, new_tokens: int = 100) -> floa
 
 
 def picture(path: Path, history: training.History) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(range(1, len(history.losses) + 1), history.losses, color="#c4c4c4", lw=0.8, label="training")
-    axes.plot(*zip(*history.evaluations, strict=True), color="#d1495b", marker="o", label="held out")
-    axes.set(xlabel="step", ylabel="cross-entropy of a token (nats)", title="A small GPT")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    console.print(f"picture: {path}")
+    figure, axes = training.figure(1, 1, (7, 4.5))
+    training.draw_losses(axes, history, "cross-entropy of a token (nats)", "A small GPT")
+    training.save_figure(path, figure)
 
 
 if __name__ == "__main__":

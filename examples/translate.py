@@ -95,7 +95,7 @@ def transformer(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     scores = {f"beams {beams}": score(texts, corpus.test) for beams, texts in written.items()}
     save_samples(args.out / "samples.txt", corpus.test, written[4])
     picture(args.out / "transformer.png", history, model, corpus, "Transformer, last layer's cross attention")
-    return summary(history) | scores
+    return training.summary(history) | scores
 
 
 def seq2seq(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def seq2seq(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
         size = corpus.tokenizer.get_vocab_size()
         model = Seq2Seq(size, **SEQ2SEQ, alignment=alignment, attention=args.attention)
         history = fit(model, corpus, args.seed, steps, "seq2seq", f"seq2seq, {alignment}")
-        made[alignment] = summary(history) | {"greedy": score(write(model, corpus, corpus.test), corpus.test)}
+        made[alignment] = training.summary(history) | {"greedy": score(write(model, corpus, corpus.test), corpus.test)}
         if alignment != "none":
             picture(args.out / f"seq2seq-{alignment}.png", history, model, corpus, f"seq2seq, {alignment} attention")
             made[alignment]["near the diagonal"] = diagonal(model, corpus)
@@ -190,15 +190,6 @@ def diagonal(model: nn.Module, corpus: Corpus) -> float:
     return round(sum(shares) / len(shares), 3)
 
 
-def summary(history: training.History) -> dict[str, Any]:
-    return {
-        "steps": len(history.losses),
-        "training seconds": round(history.seconds, 1),
-        "validation loss": round(history.evaluations[-1][1], 4),
-        "losses": [round(loss, 6) for loss in history.losses[:200]],
-    }
-
-
 def print_metrics(metrics: dict[str, Any]) -> None:
     table = Table("model", "validation loss", "BLEU", "chrF", box=None, pad_edge=False)
     rows: list[tuple[str, dict[str, Any], dict[str, float]]] = [(n, {}, x) for n, x in metrics["baselines"].items()]
@@ -221,28 +212,18 @@ def save_samples(path: Path, pairs: Sequence[data.Pair], texts: Sequence[str], c
 
 def picture(path: Path, history: training.History, model: nn.Module, corpus: Corpus, title: str) -> None:
     """The losses, and what each word of one held-out sentence's translation looks at."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     pair = max(corpus.test[:50], key=lambda p: len(p[0].split()))
     (source, target), tokenizer = corpus.ids([pair])[0], corpus.tokenizer
     weights = model.alignments(torch.tensor([source]), [len(source)], torch.tensor([[text.START, *target]]))[0]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    left.plot(range(1, len(history.losses) + 1), history.losses, color="#c4c4c4", lw=0.8, label="training")
-    left.plot(*zip(*history.evaluations, strict=True), color="#d1495b", marker="o", label="held out")
-    left.set(xlabel="step", ylabel="cross-entropy of a token (nats)", title="losses")
-    left.legend(frameon=False)
+    figure, (left, right) = training.figure(1, 2, (12, 5))
+    training.draw_losses(left, history, "cross-entropy of a token (nats)")
     right.imshow(weights, cmap="Greys", aspect="auto", vmin=0)
     words = [[tokenizer.decode([i]) for i in ids] for ids in (source, target)]
     right.set_xticks(range(len(source)), words[0], rotation=60, ha="right")
     right.set_yticks(range(len(target) + 1), [*words[1], "(end)"])
     right.set(xlabel="source", ylabel="is written", title="what each token looks at")
     figure.suptitle(title, fontweight="bold")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    console.print(f"picture: {path}")
+    training.save_figure(path, figure)
 
 
 if __name__ == "__main__":

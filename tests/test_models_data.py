@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyattn.models import data
 from pyattn.models.data import MissingData, fetch, folder, help_pairs, help_text, read_pairs, read_text
-from pyattn.models.text import END, PAD, START, batches, split, split_text, train_tokenizer, windows
+from pyattn.models.data.__main__ import main
+from pyattn.models.text import END, PAD, START, batches, place, split, split_text, train_tokenizer, windows
 
 # ---- fetching ----------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def test_folder(monkeypatch):
 
 def test_fetch_unpacks_all_packages_of_a_set_once(debian):
     lines = []
-    fetch(progress=lines.append)
+    fetch(["help"], lines.append)
     fetch(["help"], lines.append)
     assert (debian / "calls").read_text() == "download libreoffice-help-en-us libreoffice-help-de\n"
     assert [path.name for path in folder().iterdir()] == ["help"], "nothing else is left there"
@@ -83,13 +83,13 @@ def test_a_failure_says_why_and_leaves_nothing(debian, capsys, program, command)
     working = (debian / "bin" / program).read_text()
     (debian / "bin" / program).write_text(FAILS)
     with pytest.raises(RuntimeError, match=f"`{re.escape(command)}` failed .*`apt-get update`(.|\n)*E: no space on"):
-        fetch()
+        fetch(["help"])
     assert list(folder().iterdir()) == []
     with pytest.raises(SystemExit, match="2"):
-        data.main([])
+        main(["help"])
     assert f"python -m pyattn.models.data: `{command}` failed" in capsys.readouterr().err
     (debian / "bin" / program).write_text(working)
-    data.main([])
+    main(["help"])
     assert capsys.readouterr().out.startswith("help: fetching ")
     assert (folder() / "help").is_dir()
 
@@ -98,16 +98,16 @@ def test_a_failure_says_why_and_leaves_nothing(debian, capsys, program, command)
 def test_a_program_that_is_not_there(debian, program):
     (debian / "bin" / program).unlink()
     with pytest.raises(RuntimeError, match=f"{program} is not there: .*Debian"):
-        fetch()
+        fetch(["help"])
     assert list(folder().iterdir()) == []
 
 
 def test_an_unknown_set(debian, capsys):
-    with pytest.raises(ValueError, match="names must be among help, got music, art"):
+    with pytest.raises(ValueError, match=r"names must be among help, glosses, .*, got music, art"):
         fetch(["help", "music", "art"])
     with pytest.raises(SystemExit, match="2"):
-        data.main(["music"])
-    assert "names must be among help, got music" in capsys.readouterr().err
+        main(["music"])
+    assert ", got music\n" in capsys.readouterr().err
     assert not folder().exists(), "nothing is fetched, not even what is known"
 
 
@@ -182,8 +182,8 @@ def test_text_of_pages_in_order_each_block_once(tmp_path):
 @pytest.mark.parametrize("read", [help_pairs, help_text])
 def test_a_set_that_is_missing(debian, read):
     commands = "`make data` or `python -m pyattn.models.data help`"
-    for root, place in [(None, folder() / "help"), (debian, debian)]:
-        with pytest.raises(MissingData, match=re.escape(f"the set 'help' is not in {place}: {commands}")):
+    for root, where in [(None, folder() / "help"), (debian, debian)]:
+        with pytest.raises(MissingData, match=re.escape(f"the set 'help' is not in {where}: {commands}")):
             read(root)
 
 
@@ -277,6 +277,8 @@ def test_split_by_the_source():
     assert len(test) == pytest.approx(400, abs=80)
     assert [source for source, _ in validation[:4]] == [f"source {i}" for i in (16, 28, 42, 47)], "on every machine"
     assert set(split(pairs[:100])[2]) <= set(test), "others do not matter"
+    by_target = split(pairs, key=lambda pair: pair[1].encode())
+    assert by_target[2] == [pair for pair in pairs if place(pair[1]) < 0.1] != test
     assert split(pairs, 0, 0) == (pairs, [], [])
     assert split(pairs, 1, 0) == ([], [], pairs)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyattn.models.gpt import GPT
+from pyattn.models.gpt import GPT, GPTClassifier
 
 VOCABULARY = 50
 by_attention = pytest.mark.parametrize("attention", ["naive", "torch", "pyattn"])
@@ -115,3 +115,49 @@ def test_errors():
         model_of().generate(tokens_of(2, 5), 1, lengths=[5, 0])
     with pytest.raises(ValueError, match="length must be at most max_positions = 40"):
         model_of().generate(tokens_of(1, 39), 9)
+
+
+# ---- the classifier ----------------------------------------------------------------------------------------
+
+
+def classifier_of(attention="pyattn"):
+    model = GPTClassifier(model_of(attention), 3).double().eval()
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+@by_attention
+def test_a_text_is_classified_by_its_last_token(attention):
+    """Whatever stands behind it."""
+    model, tokens, lengths = classifier_of(attention), tokens_of(3, 12), [12, 7, 1]
+    logits = model(tokens, lengths)
+    for b, n in enumerate(lengths):
+        stream = model.gpt.norm(model.gpt._stream(tokens[b : b + 1, :n]))
+        torch.testing.assert_close(logits[b], model.head(stream[0, -1]))
+
+
+@by_attention
+def test_its_loss_has_the_texts_own_tokens_in_it(attention):
+    model, tokens, lengths, labels = classifier_of(attention), tokens_of(2, 9), [9, 4], torch.tensor([2, 0])
+    by_label = F.cross_entropy(model(tokens, lengths), labels)
+    torch.testing.assert_close(model.loss(tokens, lengths, labels, language=0), by_label)
+    logits = model.gpt(tokens)
+    each = [F.cross_entropy(logits[b, : n - 1], tokens[b, 1:n], reduction="sum") for b, n in enumerate(lengths)]
+    torch.testing.assert_close(model.loss(tokens, lengths, labels, language=0.3), by_label + 0.3 * sum(each) / 11)
+
+
+def test_it_learns_from_what_the_gpt_has_learned():
+    """A text's kind is its first token: all parameters change, those of the GPT, too."""
+    torch.manual_seed(0)
+    model = GPTClassifier(GPT(vocabulary=9, dim=32, depth=1, heads=2, max_length=8), 3, dropout=0.0)
+    tokens, lengths = torch.randint(3, 9, (64, 8)), torch.randint(2, 9, (64,)).tolist()
+    tokens[:, 0] = torch.arange(64) % 3
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert model.loss(tokens, lengths, tokens[:, 0], language=0).item() == pytest.approx(1.0986, abs=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(tokens, lengths, tokens[:, 0]).backward()
+        optimizer.step()
+    assert (model(tokens, lengths).argmax(-1) == tokens[:, 0]).float().mean() > 0.95
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())

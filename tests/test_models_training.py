@@ -6,15 +6,18 @@ import itertools
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as Pillow
 from torch import nn
 
 from pyattn.models import GPT, data, training
+from pyattn.models.data.waves import write_wave
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,6 +119,39 @@ def test_the_schedule(steps, warm_up):
     assert top == warm_up - 1 and rates[top] == 1
     assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
     assert min(rates) > 0 and (steps == warm_up or rates[-1] == pytest.approx(0.05))
+
+
+def test_epochs_have_each_example_once():
+    batches = training.epochs(10, 4, torch.Generator().manual_seed(0))
+    first, second = (torch.cat([next(batches) for _ in range(3)]) for _ in range(2))
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(10))
+    assert first.tolist() != second.tolist() != list(range(10))
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        next(training.epochs(0, 4))
+
+
+def test_what_is_written_of_a_training(capsys, tmp_path):
+    history = training.History([2.0, 1.0000004], [(1, 3.0), (2, 1.23456)], 7.06)
+    found = training.result("model", "accuracy, %", {"guess": 10.0001}, 97.26, history)
+    assert found == {
+        "name": "model",
+        "metric": "accuracy, %",
+        "digits": 1,
+        "baselines": {"guess": 10.0},
+        "value": 97.3,
+        "steps": 2,
+        "training seconds": 7.1,
+        "validation loss": 1.2346,
+        "losses": [2.0, 1.0],
+    }
+    training.print_results([found])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["guess", "accuracy,", "%", "10.0"] in lines and ["model", "accuracy,", "%", "97.3"] in lines
+    figure, axes = training.figure(1, 1, (3, 2))
+    training.draw_losses(axes, history, "nats")
+    assert [line.get_ydata().tolist() for line in axes.lines] == [history.losses, [3.0, 1.23456]]
+    training.save_figure(tmp_path / "a.png", figure)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -222,15 +258,88 @@ def test_gpt_on_data_of_ones_own(texts, tmp_path):
     assert (tmp_path / "gpt.png").exists() and "To insert a table," in (tmp_path / "samples.txt").read_text()
 
 
-def test_an_example_names_the_set_that_is_missing(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images, recordings, series and labels, a few of each."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    colours = ["red", "green", "blue", "gray"]
+    captions, transcripts = [], []
+    for i in range(120):
+        colour = colours[i % 4]
+        image = Pillow.new("RGB", (32, 32), colour)
+        image.putpixel((i % 32, i // 32), (255, 255, 255))
+        path = folder / "images" / colour / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        captions.append(f"{colour}/{i}.png\tall {colour} number {i}")
+        words = [draw.randrange(3) for _ in range(4)]
+        tone = torch.cat([torch.sin(torch.arange(1200) * (w + 1) / 5) for w in words])
+        write_wave(folder / f"{i}.wav", tone, 8000)
+        transcripts.append(f"{i}.wav\t{' '.join('abc'[w] for w in words)}\tspeaker {i}")
+    (folder / "images" / "captions.tsv").write_text("\n".join(captions))
+    (folder / "transcripts.tsv").write_text("\n".join(transcripts))
+    rows = [f"{20 + math.sin(i / 2)},{i % 7}" for i in range(400)]
+    (folder / "series.csv").write_text("\n".join(["wave,days", *rows]))
+    labels = [f"a {c} thing of {w}{i}\t{c}" for c in colours for w in ("wood", "stone", "glass") for i in range(40)]
+    (folder / "labels.tsv").write_text("\n".join(labels))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "names", "files"),
+    [
+        ("vit", "images", ["ViT, images"], ["vit-32.png", "vit-32.safetensors"]),
+        ("caption", "images", ["Captioner"] * 2, ["caption.png", "caption-attention.png", "caption.safetensors"]),
+        ("speech", ".", ["Speech Transformer"], ["speech.png", "speech.safetensors", "samples.txt"]),
+        (
+            "forecast",
+            "series.csv",
+            ["Forecaster, wave, 12 ahead", "Forecaster, days, 12 ahead"],
+            ["forecast-wave.png", "forecast-days.safetensors"],
+        ),
+        (
+            "classify",
+            "labels.tsv",
+            [f"GPT, {start}, {n} labels" for n in (408, 397) for start in ("scratch", "pre-trained")],
+            ["classify.png", "pretrained.safetensors"],
+        ),
+    ],
+)
+def test_examples_on_data_of_ones_own(folder, tmp_path, name, source, names, files):
+    season = ("--season", 12) if name == "forecast" else ()
+    done = example(name, "--data", folder / source, "--quick", "--steps", 4, "--out", tmp_path, *season)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert [found["name"] for found in results] == names
+    for found in results:
+        assert found["steps"] == len(found["losses"]) == 4 and found["losses"][0] > found["losses"][-1]
+        assert found["baselines"] and math.isfinite(found["value"])
+    for file in files:
+        assert (tmp_path / file).stat().st_size > 100
+        if file.endswith(".png"):
+            assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["gpt", "translate", "vit", "speech", "caption", "forecast", "classify"])
+def test_an_example_names_the_set_that_is_missing(tmp_path, monkeypatch, name):
     monkeypatch.setenv("PYATTN_DATA", str(tmp_path))
-    done = example("gpt", "--out", tmp_path)
+    done = example(name, "--out", tmp_path)
     assert done.returncode == 2 and "make data" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(not (data.folder() / "help").exists(), reason="the set 'help' has not been fetched: make data")
-@pytest.mark.parametrize("arguments", [("translate",), ("translate", "--model", "seq2seq"), ("gpt",)], ids=" ".join)
+@pytest.mark.skipif(
+    not all((data.folder() / name).exists() for name in data.SETS), reason="not all sets have been fetched: make data"
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("translate",),
+        ("translate", "--model", "seq2seq"),
+        *((name,) for name in ("gpt", "vit", "speech", "caption", "forecast", "classify")),
+    ],
+    ids=" ".join,
+)
 def test_quick_examples_on_real_data(arguments, tmp_path):
     done = example(*arguments, "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr

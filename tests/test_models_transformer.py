@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pyattn.models.blocks import sinusoids
 from pyattn.models.generation import beam_search
-from pyattn.models.transformer import Transformer, sinusoids
+from pyattn.models.transformer import Transformer
 
 VOCABULARY, START = 40, 1
 by_attention = pytest.mark.parametrize("attention", ["naive", "torch", "pyattn"])
@@ -26,6 +27,8 @@ def model_of(attention="pyattn", **arguments):
         for name, parameter in model.named_parameters():  # or it writes one token again and again
             if name.endswith(("out_proj.weight", "mlp.2.weight")):
                 parameter.mul_(4)
+        if model.decoder.layers[0].pre:
+            model.decoder.norm.bias.zero_()  # which would prefer one token to the others, wherever
     return model
 
 
@@ -36,8 +39,8 @@ def tokens_of(*shape, seed=1):
 def torchs(model):
     """``torch.nn.TransformerEncoderLayer`` and its decoder's, with the weights of a model."""
     made = []
-    for kind, layers in ((nn.TransformerEncoderLayer, model.encoder), (nn.TransformerDecoderLayer, model.decoder)):
-        for layer in layers:
+    for kind, part in ((nn.TransformerEncoderLayer, model.encoder), (nn.TransformerDecoderLayer, model.decoder)):
+        for layer in part.layers:
             peer = kind(32, 4, 48, 0.0, batch_first=True, norm_first=layer.pre, dtype=torch.float64).eval()
             own, norms = layer.attention, [layer.attention_norm, layer.mlp_norm]
             state = {"self_attn.in_proj_weight": own.qkv_proj.weight, "self_attn.in_proj_bias": own.qkv_proj.bias}
@@ -53,7 +56,7 @@ def torchs(model):
             state |= {f"linear{i + 1}.{n}": p for i in (0, 1) for n, p in layer.mlp[2 * i].named_parameters()}
             peer.load_state_dict(state)
             made.append(peer)
-    return made[: len(model.encoder)], made[len(model.encoder) :]
+    return made[: len(model.encoder.layers)], made[len(model.encoder.layers) :]
 
 
 @by_norm
@@ -65,22 +68,24 @@ def test_it_is_torchs_transformer(attention, norm):
     padding = torch.arange(9) >= torch.tensor(lengths)[:, None]
 
     def embed(tokens):
-        return model.tokens(tokens) * 32**0.5 + sinusoids(range(tokens.shape[1]), 32).double()
+        x = model.decoder.tokens(tokens) * 32**0.5
+        return x + sinusoids(range(tokens.shape[1]), x)
 
     memory, x = embed(source), embed(target)
     for layer in encoder:
         memory = layer(memory, src_key_padding_mask=padding)
-    memory = model.encoder_norm(memory)
+    memory = model.encoder.norm(memory)
     for layer in decoder:
         causal = nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64)
         x = layer(x, memory, tgt_mask=causal, memory_key_padding_mask=padding)
-    expected = F.linear(model.decoder_norm(x), model.tokens.weight)
+    expected = F.linear(model.decoder.norm(x), model.decoder.tokens.weight)
     torch.testing.assert_close(model(source, lengths, target), expected)
 
 
 def test_sinusoids():
-    table = sinusoids(range(50), 6)
-    assert torch.equal(sinusoids(range(7, 9), 6), table[7:9])
+    table = sinusoids(range(50), torch.empty(3, 6))
+    assert torch.equal(sinusoids(range(7, 9), torch.empty(6)), table[7:9])
+    assert sinusoids(range(50), torch.empty(6, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert table.shape == (50, 6)
     for position, i in ((0, 0), (7, 1), (49, 2)):
         angle = torch.tensor(position / 10000 ** (2 * i / 6))
@@ -150,9 +155,9 @@ def test_logits_are_the_same_with_a_cache(attention, norm):
     """Token by token, and several at once."""
     model, source, target = model_of(attention, norm=norm), tokens_of(2, 9), tokens_of(2, 8, seed=2)
     with torch.no_grad():
-        encoded, caches = model.encode(source, [9, 4]), model.caches(2, 8)
-        steps = [model.decode(part, encoded, caches) for part in target.split([1, 1, 3, 1, 2], 1)]
-        torch.testing.assert_close(torch.cat(steps, 1), model.decode(target, encoded))
+        encoded, caches = model.encode(source, [9, 4]), model.decoder.caches(2, 8)
+        steps = [model.decoder(part, encoded, caches) for part in target.split([1, 1, 3, 1, 2], 1)]
+        torch.testing.assert_close(torch.cat(steps, 1), model.decoder(target, encoded))
 
 
 class Uncached:
@@ -164,7 +169,7 @@ class Uncached:
     def step(self, tokens):
         self.texts = [[*text, token] for text, token in zip(self.texts, tokens.tolist(), strict=True)]
         with torch.no_grad():
-            return self.model.decode(torch.tensor(self.texts), self.encoded)[:, -1]
+            return self.model.decoder(torch.tensor(self.texts), self.encoded)[:, -1]
 
     def reorder(self, indices):
         self.texts = [self.texts[i] for i in indices]
@@ -204,9 +209,10 @@ def test_names_of_parameters():
     part = ["attention_norm", "attention.qkv_proj", "attention.out_proj"]
     cross = ["cross_norm", "cross_attention.q_proj", "cross_attention.kv_proj", "cross_attention.out_proj"]
     mlp = ["mlp_norm", "mlp.0", "mlp.2"]
-    modules = [f"encoder.0.{m}" for m in part + mlp] + [f"decoder.0.{m}" for m in part + cross + mlp]
-    modules += ["encoder_norm", "decoder_norm"]
-    assert names == ["tokens.weight", *(f"{m}.{kind}" for m in modules for kind in ("weight", "bias"))]
+    encoder = [f"encoder.{m}" for m in [*(f"layers.0.{m}" for m in part + mlp), "norm"]]
+    decoder = [f"decoder.{m}" for m in [*(f"layers.0.{m}" for m in part + cross + mlp), "norm"]]
+    before, after = ([f"{m}.{kind}" for m in modules for kind in ("weight", "bias")] for modules in (encoder, decoder))
+    assert names == [*before, "decoder.tokens.weight", *after]
 
 
 def test_errors():

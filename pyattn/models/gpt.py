@@ -169,3 +169,49 @@ class GPT(nn.Module):
             logits = self._logits(x)
             chosen.append(sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
         return torch.stack(chosen, 1) if chosen else prompts[:, :0]
+
+
+class GPTClassifier(nn.Module):
+    """Texts [B, L] -> logits [B, classes]: a GPT, and a matrix on what it made of the last token of each.
+
+    Radford et al. 2018, "Improving language understanding by generative pre-training": the GPT may have been trained on
+    texts without labels before, and goes on learning to predict them beside the labels.
+
+    Args:
+        gpt: becomes part of the model.
+        classes: of texts.
+        dropout: before the matrix, in training.
+
+    Example:
+        >>> import torch
+        >>> model = GPTClassifier(GPT(dim=32, depth=1, heads=4, max_length=16), classes=3).eval()
+        >>> model(torch.randint(256, (2, 9)), [9, 4]).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, gpt: GPT, classes: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.gpt, self.dropout = gpt, nn.Dropout(dropout)
+        self.head = nn.Linear(gpt.tokens.embedding_dim, classes)
+        nn.init.zeros_(self.head.weight)  # at first every class is as probable as the others
+        nn.init.zeros_(self.head.bias)
+
+    def _stream(self, tokens: Tensor) -> Tensor:
+        return self.gpt.norm(self.gpt._stream(tokens))
+
+    def _classify(self, x: Tensor, lengths: list[int]) -> Tensor:
+        last = torch.tensor(lengths, device=x.device) - 1
+        return self.head(self.dropout(x[torch.arange(len(x), device=x.device), last]))
+
+    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        return self._classify(self._stream(tokens), lengths)
+
+    def loss(self, tokens: Tensor, lengths: list[int], labels: Tensor, language: float = 0.5) -> Tensor:
+        """Cross-entropy of int64 labels ``[B]``, and ``language`` times that of the texts' own tokens, in nats."""
+        x = self._stream(tokens)
+        loss = F.cross_entropy(self._classify(x, lengths), labels)
+        if not language:
+            return loss
+        inside = torch.arange(1, tokens.shape[1], device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+        logits = F.linear(x[:, :-1][inside], self.gpt.tokens.weight)
+        return loss + language * F.cross_entropy(logits, tokens[:, 1:][inside])

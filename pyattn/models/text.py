@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyattn import checks
-from pyattn.models.data import Pair
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,12 +23,25 @@ POOL = 4096  # pairs that are sorted by length together: their batches have litt
 # ---- what is held out --------------------------------------------------------------------------------------
 
 
-def split(
-    pairs: Iterable[Pair], held_out: float = 0.1, validation: float = 0.05
-) -> tuple[list[Pair], list[Pair], list[Pair]]:
-    """Pairs to train on, to validate with, and held out for the test, about as many as these parts of the whole.
+T = TypeVar("T")
 
-    A hash of the source decides, so equal sources stay together, and a pair stays where it is when others join.
+
+def place(key: str | bytes) -> float:
+    """A number in [0, 1) that follows from a key, and from nothing else, as evenly as if it were drawn."""
+    digest = hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48  # exactly
+
+
+def split(
+    items: Iterable[T],
+    held_out: float = 0.1,
+    validation: float = 0.05,
+    key: Callable[[Any], str | bytes] = operator.itemgetter(0),
+) -> tuple[list[T], list[T], list[T]]:
+    """What to train on, to validate with, and held out for the test, about as many as these parts of the whole.
+
+    A hash of the key, by default of a pair's source, decides: equal ones stay together, and an item stays where it is
+    when others join.
 
     Raises:
         ValueError: the parts are negative, or more than the whole.
@@ -38,13 +51,12 @@ def split(
     """
     if min(held_out, validation) < 0 or held_out + validation > 1:
         raise ValueError(f"held_out and validation must be parts of 1, got {held_out} and {validation}")
-    train: list[Pair] = []
-    validate: list[Pair] = []
-    test: list[Pair] = []
-    for pair in pairs:
-        digest = hashlib.sha256(pair[0].encode()).digest()
-        place = int.from_bytes(digest[:6], "big") / 2**48  # in [0, 1), exactly
-        (test if place < held_out else validate if place < held_out + validation else train).append(pair)
+    train: list[T] = []
+    validate: list[T] = []
+    test: list[T] = []
+    for item in items:
+        at = place(key(item))
+        (test if at < held_out else validate if at < held_out + validation else train).append(item)
     return train, validate, test
 
 
@@ -153,10 +165,11 @@ def _permutation(n: int, generator: torch.Generator | None) -> list[int]:
 def _batch(pairs: Sequence[tuple[Ids, Ids]]) -> Batch:
     sources = [list(source) for source, _ in pairs]
     targets = [[START, *target, END] for _, target in pairs]
-    return Batch(_padded(sources), [*map(len, sources)], _padded(targets), [len(target) - 1 for target in targets])
+    return Batch(padded(sources), [*map(len, sources)], padded(targets), [len(target) - 1 for target in targets])
 
 
-def _padded(rows: Sequence[list[int]]) -> Tensor:
+def padded(rows: Sequence[list[int]]) -> Tensor:
+    """int64 ``[B, L]`` of token ids, with ``PAD`` after each."""
     width = max(map(len, rows))
     return torch.tensor([row + [PAD] * (width - len(row)) for row in rows], dtype=torch.int64)
 

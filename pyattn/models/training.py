@@ -117,6 +117,27 @@ def train(
     return history
 
 
+def epochs(count: int, batch: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Indices of so many examples, in batches of int64 ``[batch]`` or less, without end: each once an epoch.
+
+    >>> first = next(epochs(3, 8))
+    >>> sorted(first.tolist())
+    [0, 1, 2]
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    while True:
+        yield from torch.randperm(count, generator=generator).split(batch)
+
+
+def summary(history: History) -> dict[str, Any]:
+    """What ``metrics.json`` holds of a training."""
+    about: dict[str, Any] = {"steps": len(history.losses), "training seconds": round(history.seconds, 1)}
+    if history.evaluations:
+        about["validation loss"] = round(history.evaluations[-1][1], 4)
+    return about | {"losses": [round(loss, 6) for loss in history.losses[:200]]}
+
+
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
 
@@ -136,6 +157,57 @@ def load(path: Path, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
         model = make(json.loads((file.metadata() or {})["about"]))
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return model.eval()
+
+
+# ---- pictures and tables -----------------------------------------------------------------------------------
+
+
+def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure that needs no screen, and its axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=size, layout="constrained")
+
+
+def draw_losses(axes: Any, history: History, unit: str, title: str = "losses") -> None:
+    """The losses of each step, and those of the evaluations."""
+    axes.plot(range(1, len(history.losses) + 1), history.losses, color="#c4c4c4", lw=0.8, label="training")
+    if history.evaluations:
+        axes.plot(*zip(*history.evaluations, strict=True), color="#d1495b", marker="o", label="held out")
+    axes.set(xlabel="step", ylabel=unit, title=title)
+    axes.legend(frameon=False)
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """As PNG, or what else the path's ending says."""
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"picture: {path}")
+
+
+def result(
+    name: str, metric: str, baselines: dict[str, float], value: float, history: History, digits: int = 1
+) -> dict[str, Any]:
+    """What one model reached, for ``metrics.json``, beside what simpler things reach."""
+    scores = {"baselines": {k: round(v, digits) for k, v in baselines.items()}, "value": round(value, digits)}
+    return {"name": name, "metric": metric, "digits": digits} | scores | summary(history)
+
+
+def print_results(results: list[dict[str, Any]]) -> None:
+    """A table of what ``result`` made."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "metric", "", box=None, pad_edge=False)
+    for found in results:
+        for name, value in [*found["baselines"].items(), (found["name"], found["value"])]:
+            table.add_row(name, found["metric"], f"{value:.{found['digits']}f}")
+    Console(highlight=False).print(table)
 
 
 # ---- the command line --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyattn import checks
+from pyattn import checks, functional
 from pyattn.functional import Window
 from pyattn.kv_cache import Ints, KVCache
 from pyattn.nn import implementations, masks
@@ -15,6 +15,7 @@ from pyattn.nn.implementations import Implementation
 from pyattn.nn.norm import RMSNorm
 from pyattn.nn.prepacking import Prepackable
 from pyattn.nn.rotary import RotaryEmbedding
+from pyattn.nn.weights import attention_weights
 
 
 class GroupedQueryAttention(Prepackable):
@@ -171,6 +172,28 @@ class GroupedQueryAttention(Prepackable):
             f"is_causal={self.is_causal}, window={self.window}, attention={self.attention!r}"
         )
 
+    def _check_input(self, x: Any) -> None:
+        checks.check_tensor("x", x, checks.FLOAT_DTYPES)
+        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x must have shape [B, L, E] with E = {self.embed_dim}, got {list(x.shape)}")
+        self._check_parts()
+
+    def _heads(self, x: Tensor, positions: Tensor | None, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of tokens, of texts of up to so many."""
+        return implementations.project(
+            self.attention,
+            x,
+            self.qkv_proj.weight,
+            self.qkv_proj.bias,
+            (self.num_heads, self.num_kv_heads, self.num_kv_heads),
+            None if self.rotary is None else self.rotary(length),
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            self._eps(x.dtype),
+            positions,
+            self._packed("qkv_proj.weight", x),
+        )
+
     def forward(
         self,
         x: Tensor,
@@ -207,10 +230,7 @@ class GroupedQueryAttention(Prepackable):
             NotImplementedError: a cache with gradients or dropout, or one with pages and an ``attention`` other than
                 "pyattn".
         """
-        checks.check_tensor("x", x, checks.FLOAT_DTYPES)
-        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
-            raise ValueError(f"x must have shape [B, L, E] with E = {self.embed_dim}, got {list(x.shape)}")
-        self._check_parts()
+        self._check_input(x)
         dropout_p = float(self.dropout) if self.training else 0.0
         length = x.shape[1]
         if cache is not None:
@@ -218,21 +238,8 @@ class GroupedQueryAttention(Prepackable):
             if self.rotary is not None:
                 length = cache.text_length(length, lengths)
                 positions = cache.positions(x.shape[1], lengths) if positions is None else positions
-        q, k, v = implementations.project(
-            self.attention,
-            x,
-            self.qkv_proj.weight,
-            self.qkv_proj.bias,
-            (self.num_heads, self.num_kv_heads, self.num_kv_heads),
-            None if self.rotary is None else self.rotary(length),
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
-            self._eps(x.dtype),
-            positions,
-            self._packed("qkv_proj.weight", x),
-        )
-        shared: dict[str, Any] = {"causal": self.is_causal, "window": self.window, "softcap": self.softcap}
-        shared |= {"scale": self.scale, "attn_mask": attn_mask}
+        q, k, v = self._heads(x, positions, length)
+        shared = self._shared(attn_mask)
         if cache is None:
             shared |= {"dropout_p": dropout_p} | masks.live_keys(lengths, x)
             out = implementations.attend(self.attention, q, k, v, **shared)
@@ -240,3 +247,34 @@ class GroupedQueryAttention(Prepackable):
             out = implementations.attend_with_cache(self.attention, q, cache, k, v, lengths, **shared)
         packed = self._packed("out_proj.weight", x)
         return implementations.output(self.attention, out, self.out_proj.weight, self.out_proj.bias, residual, packed)
+
+    def _shared(self, attn_mask: Tensor | None) -> dict[str, Any]:
+        """The arguments of attention that do not depend on whether there is a cache."""
+        family: dict[str, Any] = {"causal": self.is_causal, "window": self.window, "softcap": self.softcap}
+        return family | {"scale": self.scale, "attn_mask": attn_mask}
+
+    def weights(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        lengths: Ints | None = None,
+    ) -> Tensor:
+        """The weights of ``forward`` without cache and dropout, averaged over heads: who looked at what.
+
+        Args:
+            x, attn_mask, positions, lengths: as of ``forward``.
+
+        Returns:
+            ``[B, L, L]``.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        self._check_input(x)
+        q, k, v = self._heads(x, positions, x.shape[1])
+        groups = self.num_heads // self.num_kv_heads
+        k, v = (heads.repeat_interleave(groups, 1) for heads in (k, v))
+        spec, t = functional.dense(q, k, v, **self._shared(attn_mask), **masks.live_keys(lengths, x))
+        return attention_weights(spec, t, True, x.dtype)
