@@ -4,8 +4,8 @@ What is swapped is ``attention=``. Of a training step the time of its attention 
 kind that the model makes, forward and backward. Generation attends over caches that hold as much as the context.
 """
 
-import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -133,21 +133,23 @@ def train(cell: Cell, benchmark: Any) -> dict[str, Any]:
 
 
 def longest(cell: Cell, name: str) -> dict[str, int]:
-    """The longest context, in steps of STEP, whose training step stays below MEMORY, and what it took."""
+    """The longest context, in steps of STEP, whose first training step takes at most MEMORY, to a sixteenth.
 
-    @functools.cache
+    Memory grows as a power of the length, which two shorter ones tell, so that few long steps are taken.
+    """
+
     def peak(length: int) -> int:
-        step = training_step(cell._replace(length=length), name, length)
-        step()
-        return measure.peak_extra_memory(step) or 0
+        return measure.peak_extra_memory(training_step(cell, name, length)) or 0
 
-    low = high = STEP
-    while high <= cell.length and peak(high) <= MEMORY:
-        low, high = high, 2 * high
-    while high - low > max(STEP, low // 16):
-        middle = (low + high) // 2 // STEP * STEP
-        low, high = (middle, high) if peak(middle) <= MEMORY else (low, middle)
-    return {"length": low, "bytes": peak(low)}
+    peaks = {length: peak(length) for length in (2048, 4096)}
+    while True:
+        (shorter, less), (longer, more) = sorted(peaks.items())[-2:]
+        power = math.log(more / less) / math.log(longer / shorter)
+        best = max(length for length, taken in peaks.items() if taken <= MEMORY)
+        guess = min(cell.length, int(longer * (0.98 * MEMORY / more) ** (1 / power)) // STEP * STEP)
+        if guess in peaks or peaks[best] >= MEMORY * 15 / 16:
+            return {"length": best, "bytes": peaks[best]}
+        peaks[guess] = peak(guess)
 
 
 # ---- generation --------------------------------------------------------------------------------------------
