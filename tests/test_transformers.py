@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -282,8 +283,10 @@ def test_whisper():
 
 def make_mask(**kwargs):
     arguments = {"batch_size": 3, "q_length": 11, "kv_length": 11, "device": "cpu"}
-    arguments["mask_function"] = masking_utils.causal_mask_function
-    return integration.mask(**arguments | kwargs)
+    arguments |= {"mask_function": masking_utils.causal_mask_function} | kwargs
+    if "cache_position" in inspect.signature(masking_utils.sdpa_mask).parameters:  # before transformers 5.1 or so
+        arguments["cache_position"] = arguments.pop("q_offset", 0) + torch.arange(arguments.pop("q_length"))
+    return integration.mask(**arguments)
 
 
 def patterns():
@@ -292,9 +295,11 @@ def patterns():
     positions = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]])
     window = m.sliding_window_causal_mask_function(3)
     yield "causal", m.causal_mask_function, {}
-    yield "bidirectional", m.bidirectional_mask_function, {}
+    if hasattr(m, "bidirectional_mask_function"):  # since transformers 5.0
+        yield "bidirectional", m.bidirectional_mask_function, {}
+    if hasattr(m, "sliding_window_bidirectional_mask_function"):  # since 5.1 or so
+        yield "both sides", m.sliding_window_bidirectional_mask_function(2), {}
     yield "window", window, {}
-    yield "both sides", m.sliding_window_bidirectional_mask_function(2), {}
     yield "offset", window, {"q_offset": 4, "kv_length": 10}
     yield "sliding cache", window, {"q_offset": 9, "kv_offset": 7, "kv_length": 8}
     for name, side in (("left", torch.flip), ("right", lambda x, dims: x)):
@@ -302,6 +307,8 @@ def patterns():
         yield f"padding {name}", window, {"attention_mask": padding}
     short = torch.arange(6) < torch.tensor([[6], [3]])
     yield "static cache", m.causal_mask_function, {"attention_mask": short, "kv_length": 9}
+    late = torch.arange(15) >= torch.tensor([[9], [3]])
+    yield "padding, sliding cache", window, {"attention_mask": late, "q_offset": 9, "kv_offset": 4, "kv_length": 11}
     yield "none valid", window, {"attention_mask": torch.tensor([[True] * 6, [False] * 6])}
     packed = m.and_masks(m.packed_sequence_mask_function(sequences), m.causal_mask_function)
     yield "packed", packed, {}
@@ -313,8 +320,8 @@ def patterns():
 @pytest.mark.parametrize(("name", "function", "kwargs"), [pytest.param(*p, id=p[0]) for p in patterns()])
 def test_intervals_are_the_mask(name, function, kwargs):
     """Attention by intervals is attention by the entries of the same mask."""
-    arguments = {"batch_size": 2, "q_length": 6, "kv_length": 6, "device": "cpu", "mask_function": function} | kwargs
-    mask = integration.mask(**arguments)
+    arguments = {"batch_size": 2, "q_length": 6, "kv_length": 6, "mask_function": function} | kwargs
+    mask = make_mask(**arguments)
     assert isinstance(mask, integration.IntervalMask) and mask.shape == (2, 1, 6, arguments["kv_length"])
     assert mask.untyped_storage().nbytes() == 1
     q, k, v = (torch.randn(2, h, n, 8) for h, n in ((4, 6), (2, mask.shape[3]), (2, mask.shape[3])))
@@ -333,6 +340,21 @@ def test_masks_that_are_no_intervals():
     for kwargs in ({"mask_function": odd}, {"attention_mask": gaps}, {"mask_function": m.or_masks(odd, odd)}):
         mask = make_mask(**kwargs, allow_is_causal_skip=False)
         assert not isinstance(mask, integration.IntervalMask) and mask.shape == (3, 1, 11, 11)
+
+
+OWN = {
+    "Bloom": {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "Mpt": {"vocab_size": 99, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "XGLM": {"vocab_size": 99, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_model_with_attention_of_its_own_is_refused(name):
+    """It would add our mask, which is bool, to its scores: nothing would be hidden, and nobody told."""
+    _, ours = pair(name, OWN[name], "ForCausalLM")
+    with pytest.raises(ValueError, match=f"must be 'eager' for the model of {name}Config, which computes attention on"):
+        ours(tokens(), attention_mask=padding(11, "left"))
 
 
 def test_padding_that_has_no_values():

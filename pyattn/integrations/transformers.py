@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyattn import functional
@@ -122,9 +123,18 @@ def mask(
 
     Causal masks, windows, padding on either side and packed sequences become intervals. Everything else, and all that
     is traced (where nobody can look at the padding), becomes transformers' own dense mask.
+
+    Raises:
+        ValueError: the model would add the mask to scores of its own, as if its entries were numbers.
     """
     from transformers import masking_utils
 
+    config = kwargs.get("config")
+    if config is not None and not _asks_for_attention(type(config)):
+        raise ValueError(
+            f"attn_implementation must be 'eager' for the model of {type(config).__name__}, which computes attention on "
+            f"its own, got {_NAME!r}"
+        )
     arguments: dict[str, Any] = dict(kwargs, batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset)
     arguments |= {"mask_function": mask_function, "attention_mask": attention_mask}
     if cache_position is not None:  # transformers 4
@@ -135,7 +145,7 @@ def mask(
     intervals = None
     if not _traced(attention_mask):
         found = _parse(mask_function, masking_utils)
-        padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        padding = _padding_of(attention_mask, kv_length, kv_offset)
         intervals = found and _intervals(found, padding, batch_size, kv_length, q_offset, kv_offset)
     if intervals is None:
         return masking_utils.sdpa_mask(**arguments)
@@ -144,11 +154,33 @@ def mask(
     return IntervalMask.make(shape, device, intervals, functools.partial(masking_utils.sdpa_mask, **arguments))
 
 
+@functools.cache
+def _asks_for_attention(config: type) -> bool:
+    """Whether the models of a configuration, as far as they are known, leave attention to what they are told."""
+    from transformers import PreTrainedModel
+
+    found, left = [], [PreTrainedModel]
+    while left:
+        model = left.pop()
+        left += model.__subclasses__()
+        if getattr(model, "config_class", None) is config:
+            found.append(model._supports_attention_backend or model._supports_sdpa)
+    return any(found) or not found
+
+
 def _traced(padding: Tensor | None) -> bool:
     """Whether a graph is being made, so that nobody can look at the padding."""
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     fake = padding is not None and type(padding) is not Tensor
     return fake or capturing or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _padding_of(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """Of the keys alone; those beyond what the mask speaks of are not seen. transformers 4 and 5 differ in their own."""
+    if attention_mask is None:
+        return None
+    missing = max(0, kv_offset + kv_length - attention_mask.shape[-1])
+    return F.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length]
 
 
 class _Pattern(NamedTuple):
@@ -226,7 +258,7 @@ def _intervals(
     elif pattern.by_position:
         return None
     elif padding is not None:
-        bounds = _bounds(padding[:, kv_offset : kv_offset + kv_length])
+        bounds = _bounds(padding)
         if bounds is None:
             return None
         starts, lengths = bounds
