@@ -353,7 +353,7 @@ OWN = {
 def test_a_model_with_attention_of_its_own_is_refused(name):
     """It would add our mask, which is bool, to its scores: nothing would be hidden, and nobody told."""
     _, ours = pair(name, OWN[name], "ForCausalLM")
-    with pytest.raises(ValueError, match=f"must be 'eager' for the model of {name}Config, which computes attention on"):
+    with pytest.raises(ValueError, match=f"must be 'eager' for the model of {name}Config, which computes attention"):
         ours(tokens(), attention_mask=padding(11, "left"))
 
 

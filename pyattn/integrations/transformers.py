@@ -129,11 +129,11 @@ def mask(
     """
     from transformers import masking_utils
 
-    config = kwargs.get("config")
-    if config is not None and not _asks_for_attention(type(config)):
+    config: Any = type(kwargs.get("config"))
+    if config is not type(None) and not _asks_for_attention(config):
         raise ValueError(
-            f"attn_implementation must be 'eager' for the model of {type(config).__name__}, which computes attention on "
-            f"its own, got {_NAME!r}"
+            f"attn_implementation must be 'eager' for the model of {config.__name__}, which computes attention "
+            f"on its own, got {_NAME!r}"
         )
     arguments: dict[str, Any] = dict(kwargs, batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset)
     arguments |= {"mask_function": mask_function, "attention_mask": attention_mask}
@@ -155,7 +155,7 @@ def mask(
 
 
 @functools.cache
-def _asks_for_attention(config: type) -> bool:
+def _asks_for_attention(config: Any) -> bool:
     """Whether the models of a configuration, as far as they are known, leave attention to what they are told."""
     from transformers import PreTrainedModel
 
@@ -176,7 +176,7 @@ def _traced(padding: Tensor | None) -> bool:
 
 
 def _padding_of(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """Of the keys alone; those beyond what the mask speaks of are not seen. transformers 4 and 5 differ in their own."""
+    """Of the keys alone; those beyond what the mask speaks of are not seen. transformers 4 and 5 cut it differently."""
     if attention_mask is None:
         return None
     missing = max(0, kv_offset + kv_length - attention_mask.shape[-1])
