@@ -22,7 +22,7 @@ from pyattn.models.forecast import mase, windows
 checks.require_extra("models", "matplotlib", "rich", "safetensors", "sklearn")
 
 SIZE = {"dim": 96, "heads": 4, "layers": 3, "dropout": 0.2}
-STEPS, BATCH, LEARNING_RATE = 1000, 64, 1e-3
+BATCH, LEARNING_RATE = 64, 1e-3
 HELD_OUT, VALIDATION = 0.2, 0.1  # of a series
 
 
@@ -31,6 +31,7 @@ class Task(NamedTuple):
     past: int
     horizon: int
     patch: int
+    steps: int = 1000
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,14 +39,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         season = args.season
         tasks = [Task(s, 4 * season, season, max(1, season // 4)) for s in data.read_series(args.data, season)]
     else:
-        tasks = [Task(data.taylor(), 7 * 48, 48, 16), Task(data.elnino(), 5 * 12, 12, 6)]
+        tasks = [Task(data.taylor(), 7 * 48, 48, 24, 3000), Task(data.elnino(), 5 * 12, 12, 6, 400)]
     results = [forecast(args, task) for task in tasks]
     training.print_results(results)
     return {"results": results}
 
 
 def forecast(args: argparse.Namespace, task: Task) -> dict[str, Any]:
-    series, past, horizon, patch = task
+    series, past, horizon, patch, steps = task
     values, name = series.values, f"{series.name}, {horizon} ahead"
     first_test = round(len(values) * (1 - HELD_OUT))
     first_validation = round(len(values) * (1 - HELD_OUT - VALIDATION))
@@ -61,7 +62,7 @@ def forecast(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     model = make(about)
     generator = torch.Generator().manual_seed(args.seed)
-    steps = args.steps or (60 if args.quick else STEPS)
+    steps = args.steps or (60 if args.quick else steps)
     history = training.train(
         model,
         training.epochs(len(train[0]), BATCH, generator),
@@ -70,7 +71,8 @@ def forecast(args: argparse.Namespace, task: Task) -> dict[str, Any]:
         learning_rate=LEARNING_RATE,
         weight_decay=0.1,
         evaluate=lambda: mase(model(validation[0]), validation[1], known, series.season),
-        every=-(-steps // 8),
+        every=-(-steps // 16),
+        keep_best=True,
         title=f"{name}, {args.attention}",
     )
     path = args.out / f"forecast-{series.name}.safetensors"

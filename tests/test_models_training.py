@@ -52,6 +52,31 @@ def test_it_learns_and_says_what_it_did():
     assert history.seconds > 0 and not model.training
 
 
+def test_the_best_model_is_kept():
+    """By its evaluations, of which the third is the lowest."""
+    for keep_best in (True, False):
+        seen, scores = [], iter([3.0, 2.0, 1.0, 1.0, 5.0])
+        model = nn.Linear(3, 1)
+
+        def evaluate(model=model, seen=seen, scores=scores):
+            seen.append(model.weight.detach().clone())
+            return next(scores)
+
+        batches = itertools.repeat(torch.ones(4, 3))
+        history = training.train(
+            model,
+            batches,
+            lambda x, model=model: model(x).square().mean(),
+            steps=5,
+            learning_rate=0.1,
+            evaluate=evaluate,
+            every=1,
+            keep_best=keep_best,
+        )
+        assert history.best == (3, 1.0) and not model.training
+        assert torch.equal(model.weight, seen[2 if keep_best else 4]) and not torch.equal(seen[2], seen[3])
+
+
 def test_it_trains_in_training_mode_and_evaluates_in_the_other():
     model, modes = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5)), []
 

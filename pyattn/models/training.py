@@ -27,6 +27,11 @@ class History:
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # steps taken, and what they led to
     seconds: float = 0.0  # of all steps, without evaluations
 
+    @property
+    def best(self) -> tuple[int, float]:
+        """The first of the lowest evaluations."""
+        return min(self.evaluations, key=lambda evaluation: evaluation[1])
+
 
 def schedule(step: int, steps: int, warm_up: int) -> float:
     """What the learning rate is multiplied by: a rise in a line, then half a cosine down to a twentieth.
@@ -53,6 +58,7 @@ def train(
     clip: float = 1.0,
     evaluate: Callable[[], float] | None = None,
     every: int | None = None,
+    keep_best: bool = False,
     title: str = "training",
 ) -> History:
     """Trains a model by AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), and leaves it in evaluation mode.
@@ -69,6 +75,7 @@ def train(
         clip: the largest norm of the gradient.
         evaluate: called without gradients and in evaluation mode.
         every: steps between evaluations; one more comes at the end.
+        keep_best: leave the model as it was at its lowest evaluation, not as it is at the end.
         title: of the progress bar.
 
     Returns:
@@ -85,6 +92,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, learning_rate, betas)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: schedule(i, steps, min(warm_up, steps)))
     history = History()
+    best: dict[str, Tensor] = {}
     columns = (
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
@@ -113,6 +121,10 @@ def train(
                 model.eval()
                 with torch.no_grad():
                     history.evaluations.append((step, evaluate()))
+                if keep_best and history.evaluations[-1] == history.best:
+                    best = {name: value.clone() for name, value in model.state_dict().items()}
+    if best:
+        model.load_state_dict(best)
     model.eval()
     return history
 
