@@ -82,7 +82,7 @@ fi
 
 def test_digits_are_spoken(programs, monkeypatch):
     with pytest.raises(RuntimeError, match="espeak-ng is not there: `apt-get install espeak-ng`, as root, installs it"):
-        fetch(["digits"])
+        fetch(["speech"])
     (programs / "bin" / "espeak-ng").write_text(ESPEAK)
     (programs / "bin" / "espeak-ng").chmod(0o755)
     monkeypatch.setenv("WAVE", str(programs / "spoken.wav"))
@@ -263,7 +263,7 @@ def test_transcripts(tmp_path):
     (tmp_path / "transcripts.tsv").write_text("c.wav\tHello\n")
     with pytest.raises(FileNotFoundError, match=r"line 1: .*c.wav is not there"):
         read_recordings(tmp_path)
-    with pytest.raises(MissingData, match="the set 'digits' is not in"):
+    with pytest.raises(MissingData, match="the set 'speech' is not in"):
         data.recordings(tmp_path / "nowhere")
 
 

@@ -218,6 +218,8 @@ def test_names_of_parameters():
 def test_errors():
     with pytest.raises(ValueError, match="norm must be 'pre' or 'post', got 'none'"):
         Transformer(9, norm="none")
+    with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
+        Transformer(9, decoder_layers=0)
     with pytest.raises(ValueError, match="attention must be one of"):
         Transformer(9, attention="sdpa")
     with pytest.raises(ValueError, match="embed_dim must be a multiple of num_heads"):

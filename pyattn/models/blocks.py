@@ -38,6 +38,11 @@ class Sizes(NamedTuple):
     norm: Norm = "pre"
     activation: type[nn.Module] = nn.ReLU
 
+    def stack(self, layers: int, decodes: bool) -> nn.ModuleList:
+        if layers < 1:
+            raise ValueError(f"layers must be at least 1, got {layers}")
+        return nn.ModuleList(Layer(self, decodes) for _ in range(layers))
+
     def last_norm(self) -> nn.Module:
         """After the last layer, whose stream is not normed yet where norms come before."""
         return nn.LayerNorm(self.dim) if self.norm == "pre" else nn.Identity()
@@ -92,7 +97,7 @@ class Encoder(nn.Module):
 
     def __init__(self, layers: int, sizes: Sizes) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(sizes, decodes=False) for _ in range(layers))
+        self.layers = sizes.stack(layers, decodes=False)
         self.norm = sizes.last_norm()
         spread(self)
 
@@ -123,7 +128,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, sizes.dim)
         self.dropout = nn.Dropout(sizes.dropout)
-        self.layers = nn.ModuleList(Layer(sizes, decodes=True) for _ in range(layers))
+        self.layers = sizes.stack(layers, decodes=True)
         self.norm = sizes.last_norm()
         spread(self)
         nn.init.normal_(self.tokens.weight, std=sizes.dim**-0.5)

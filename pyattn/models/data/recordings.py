@@ -20,7 +20,7 @@ def recordings(root: Path | str | None = None) -> list[Recording]:
     Raises:
         MissingData: neither in ``root`` nor in ``folder()``.
     """
-    return read_recordings(files("digits", root, "transcripts.tsv")[0].parent)
+    return read_recordings(files("speech", root, "transcripts.tsv")[0].parent)
 
 
 def read_recordings(path: Path | str) -> list[Recording]:

