@@ -202,6 +202,8 @@ def systems_rows(cells: list[Cell]) -> list[Row]:
     for system in dict.fromkeys(cell["system"] for cell in cells):
         runs = [cell for cell in cells if cell["system"] == system and cell["part"] == "systems"]
         steps = {c["model"]: c["speedup"] for c in cells if c["system"] == system and c["part"] == "steps"}
+        if not runs:
+            continue  # only timed
         ours, (naive,) = ([run for run in runs if run["attention"] == name] for name in ("pyattn", "naive"))
         minutes = [run["seconds"] / 60 for run in ours]
         for name, (metric, baselines, value, digits, model) in scores(naive).items():

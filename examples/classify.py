@@ -41,7 +41,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if not (train and validation and test):
         raise ValueError(f"{args.data} must hold enough texts to hold some out, got {len(glosses)}")
     if args.quick:
-        unlabelled, train, validation, test = unlabelled[:5000], train[:3000], validation[:200], test[:500]
+        sizes = ((unlabelled, 5000), (train, 3000), (validation, 200), (test, 500))
+        unlabelled, train, validation, test = (text.spread(part, size) for part, size in sizes)
     few = [gloss for kind in kinds for gloss in [g for g in train if g[1] == kind][:FEW]]
     print(f"{len(unlabelled)} texts without labels, {len(train)} or {len(few)} with, {len(test)} held out")
     tokenizer = text.train_tokenizer((words for words, _ in unlabelled), VOCABULARY)
@@ -59,7 +60,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             torch.manual_seed(args.seed)
             gpt = training.load(args.out / "pretrained.safetensors", make) if start == "pre-trained" else make(about)
             model = GPTClassifier(gpt, len(kinds))
-            name = f"GPT, {start}, {len(labels.texts)} labels"
+            name = f"GPT, {start}, {size} labels"
             histories[name] = fit(args, model, labels, held_out[0], size, name)
             accuracy = model_accuracy(model, held_out[1])
             results.append(training.result(name, "accuracy, %", {"TF-IDF, linear": base}, accuracy, histories[name]))
@@ -104,7 +105,7 @@ def pretrain(
     model, generator = make(about), torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
     stream = torch.tensor([token for i in order for token in rows[i]])
-    steps = (args.steps or 40) if args.quick else STEPS["pre-training"]
+    steps = args.steps or (40 if args.quick else STEPS["pre-training"])
     history = training.train(
         model,
         iter(lambda: text.windows(stream, LONGEST - 1, BATCH, generator), None),

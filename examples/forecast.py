@@ -40,18 +40,35 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         tasks = [Task(s, 4 * season, season, max(1, season // 4)) for s in data.read_series(args.data, season)]
     else:
         tasks = [Task(data.taylor(), 7 * 48, 48, 24, 3000), Task(data.elnino(), 5 * 12, 12, 6, 400)]
+    for task in tasks:
+        check(task)
     results = [forecast(args, task) for task in tasks]
     training.print_results(results)
     return {"results": results}
 
 
+def parts(values: Tensor) -> tuple[int, int]:
+    """Where what is validated with begins, and what is held out."""
+    return round(len(values) * (1 - HELD_OUT - VALIDATION)), round(len(values) * (1 - HELD_OUT))
+
+
+def check(task: Task) -> None:
+    """That each part of a series holds a window, and that there is something to be scaled by."""
+    series, past, horizon, *_ = task
+    first_validation, first_test = parts(series.values)
+    shortest = min(first_validation - past, first_test - first_validation, len(series.values) - first_test)
+    if shortest < horizon or first_validation <= series.season:
+        count = len(series.values)
+        raise ValueError(f"{series.name} must have more than {count} values, of which {series.season} make a season")
+    known = series.values[:first_test]
+    if torch.equal(known[series.season :], known[: -series.season]):
+        raise ValueError(f"{series.name} must not repeat itself exactly every {series.season} values")
+
+
 def forecast(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     series, past, horizon, patch, steps = task
     values, name = series.values, f"{series.name}, {horizon} ahead"
-    first_test = round(len(values) * (1 - HELD_OUT))
-    first_validation = round(len(values) * (1 - HELD_OUT - VALIDATION))
-    if first_validation < past + horizon + series.season:
-        raise ValueError(f"{args.data}: {series.name} must have more values than {len(values)} for its seasons")
+    first_validation, first_test = parts(values)
     train = windows(values[:first_validation], past, horizon)
     validation = windows(values[first_validation - past : first_test], past, horizon)
     test = windows(values[first_test - past :], past, horizon)
@@ -80,7 +97,7 @@ def forecast(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     model = training.load(path, make)
 
     written = {"Forecaster": predict(model, test[0]), "ridge": ridge(train, test[0])}
-    written["seasonal naive"] = seasonal(values, first_test, past, horizon, series.season)
+    written["seasonal naive"] = seasonal(values, first_test, horizon, series.season)
     picture(args.out / f"forecast-{series.name}.png", history, name, test, written)
     errors = {name: mase(made, test[1], known, series.season) for name, made in written.items()}
     ours = errors.pop("Forecaster")
@@ -96,12 +113,10 @@ def predict(model: Forecaster, past: Tensor) -> Tensor:
     return torch.cat([model(part) for part in past.split(256)])
 
 
-def seasonal(values: Tensor, first: int, past: int, horizon: int, season: int) -> Tensor:
-    """For each window the values a season before, the season once more if the horizon is longer."""
+def seasonal(values: Tensor, first: int, horizon: int, season: int) -> Tensor:
+    """For each window of what is held out the last season before it, again and again."""
     starts = torch.arange(first, len(values) - horizon + 1)
-    back = -(-horizon // season) * season
-    ahead = torch.arange(horizon)
-    return values[starts[:, None] + ahead - torch.where(ahead < season, season, back)]
+    return values[starts[:, None] + torch.arange(horizon) % season - season]
 
 
 def ridge(train: tuple[Tensor, Tensor], past: Tensor) -> Tensor:

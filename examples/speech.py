@@ -34,10 +34,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.quick:
         recordings = recordings[:900]
     train, validation, test = text.split(recordings, HELD_OUT, VALIDATION, key=lambda r: r.speaker)
-    unseen = {r.text for r in (*validation, *test)}
-    train = [r for r in train if r.text not in unseen]
     if not (train and validation and test):
         raise ValueError(f"{args.data} must hold enough speakers to hold some out, got {len(recordings)} recordings")
+    unseen = {clean(r.text) for r in (*validation, *test)}
+    train = [r for r in train if clean(r.text) not in unseen]
+    if not train:
+        raise ValueError(f"{args.data} must hold texts that no speaker says who is held out")
     voices = len({r.speaker for r in test})
     print(f"{len(train)} recordings to train on; {len(test)} held out, of {voices} voices that are not heard before")
 
@@ -87,6 +89,7 @@ def make(about: dict[str, Any]) -> SpeechTransformer:
 
 
 def clean(transcript: str) -> str:
+    """In small letters, and what is none of the characters left out."""
     return " ".join("".join(c if c in CHARACTERS else " " for c in transcript.lower()).split())
 
 
@@ -103,7 +106,14 @@ class Heard:
 
     def __init__(self, recordings: Sequence[data.Recording]) -> None:
         self.texts = [clean(r.text) for r in recordings]
-        self.frames = [speech.log_mel(data.read_wave(r.path, RATE), RATE, MELS) for r in recordings]
+        self.frames = []
+        for recording, written in zip(recordings, self.texts, strict=True):
+            if not written:
+                raise ValueError(f"{recording.path}: must have a text of the letters a to z, got {recording.text!r}")
+            wave = data.read_wave(recording.path, RATE)
+            if len(wave) < RATE // 20:
+                raise ValueError(f"{recording.path}: must last 50 ms at least, got {1000 * len(wave) // RATE}")
+            self.frames.append(speech.log_mel(wave, RATE, MELS))
 
     def batch(self, chosen: Sequence[int]) -> tuple[torch.Tensor, list[int], torch.Tensor, list[int]]:
         """What ``SpeechTransformer.loss`` is given."""

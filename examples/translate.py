@@ -61,6 +61,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     corpus = Corpus(*parts, text.train_tokenizer(sentences, VOCABULARY))
     if args.model == "seq2seq":
         corpus = corpus.shorter(SHORT)
+    if not all(corpus[:3]):
+        raise ValueError(f"{args.data} must hold enough sentences of at most {SHORT} words to hold some out")
     console.print(f"{len(corpus.train)} sentences to train on, {len(corpus.test)} held out")
     metrics: dict[str, Any] = {
         "model": args.model,
@@ -199,7 +201,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     for alignment, found in metrics.get("seq2seq", {}).items():
         rows.append((f"seq2seq, attention {alignment}", found, found["greedy"]))
     for name, found, scores in rows:
-        loss = f"{found['validation loss']:.3f}" if found else ""
+        loss = f"{found['validation']:.3f}" if found else ""
         table.add_row(name, loss, *(f"{scores[metric]:.1f}" for metric in ("BLEU", "chrF")))
     console.print(table)
 

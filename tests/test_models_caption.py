@@ -78,7 +78,7 @@ def test_what_a_token_looks_at_is_a_part_of_the_image():
 
 
 def test_it_learns_to_look():
-    """Two colours and two places: it writes what it sees, of a combination that it has not seen, too."""
+    """Three colours in three places, all combinations but one: it writes what it sees."""
     torch.manual_seed(0)
     model = Captioner(
         8, image=(8, 8), patch=4, dim=32, heads=2, encoder_layers=1, decoder_layers=1, hidden=64, dropout=0.0
@@ -87,10 +87,8 @@ def test_it_learns_to_look():
     for i in range(9):
         colour, place = divmod(i, 3)
         images[i, colour, 4 * (place // 2) : 4 * (place // 2) + 4, 4 * (place % 2) : 4 * (place % 2) + 4] = 1
-        texts[i] = torch.tensor([1, 3 + colour, 5 + place % 3 if place < 3 else 0, 2])
-    texts[:, 2] = 5 + torch.arange(9) % 3
-    texts[:, 1] = 3 + torch.arange(9) // 3 % 3
-    seen = torch.arange(8)
+        texts[i] = torch.tensor([1, 3 + colour, 5 + place, 2])
+    seen = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
     optimizer = torch.optim.AdamW(model.parameters(), 0.005)
     for _ in range(80):
         optimizer.zero_grad()

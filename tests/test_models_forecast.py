@@ -32,7 +32,7 @@ def test_patches_end_with_the_past():
     model.project.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     past = series_of(2, 30)
     model(past)
-    standard = (past - past.mean(1, keepdim=True)) / (past.std(1, keepdim=True, unbiased=False) + 1e-5)
+    standard = (past - past.mean(1, keepdim=True)) / past.std(1, keepdim=True, unbiased=False)
     assert seen[0].shape == (2, 6, 8) and model.count == 6
     for n in range(6):
         assert torch.equal(seen[0][:, n], standard[:, 2 + 4 * n : 10 + 4 * n])
@@ -50,10 +50,21 @@ def test_implementations_agree():
         torch.testing.assert_close(results[attention], results["naive"], rtol=1e-9, atol=1e-11)
 
 
-@given(scale=st.floats(0.1, 1e3), level=st.floats(-1e3, 1e3))
+def test_a_past_that_does_not_vary_teaches_nothing():
+    """Nor does it make the loss of the others another one."""
+    model, past, future = model_of(), series_of(3, 30), series_of(3, 7, seed=2)
+    alone = model.loss(past[:2], future[:2])
+    for level in (0.0, 1e4):
+        past[2] = level
+        torch.testing.assert_close(model.loss(past, future), alone)
+        assert model(past)[2].isfinite().all() and model.loss(past[2:], future[2:]) == 0
+
+
+@given(scale=st.floats(1e-6, 1e3), level=st.floats(-1, 1))
 def test_a_forecast_is_on_the_scale_of_its_past(scale, level):
     model, past = model_of(), series_of(2, 30)
-    torch.testing.assert_close(model(scale * past + level), scale * model(past) + level, rtol=1e-3, atol=1e-3 * scale)
+    made, expected = model(scale * (past + level)), scale * (model(past) + level)
+    torch.testing.assert_close(made / scale, expected / scale, rtol=1e-6, atol=1e-6)
 
 
 def test_channels_are_series_of_their_own():
@@ -66,7 +77,7 @@ def test_channels_are_series_of_their_own():
 def test_the_loss_is_in_deviations_of_the_past():
     model, past, future = model_of(), series_of(2, 30), series_of(2, 7, seed=2)
     scale = torch.tensor([[1.0], [100.0]]).double()
-    errors = (model(past) - future).abs() / (past.std(1, keepdim=True, unbiased=False) + 1e-5)
+    errors = (model(past) - future).abs() / past.std(1, keepdim=True, unbiased=False)
     torch.testing.assert_close(model.loss(past, future), errors.mean())
     torch.testing.assert_close(model.loss(past * scale, future * scale), model.loss(past, future), rtol=1e-4, atol=0)
 
@@ -93,9 +104,9 @@ def test_it_learns_a_season():
 
 
 def test_windows_are_all_of_a_series():
-    past, future = windows(torch.arange(10), past=4, horizon=2, stride=2)
-    assert past.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
-    assert future.tolist() == [[4, 5], [6, 7], [8, 9]]
+    past, future = windows(torch.arange(8), past=4, horizon=2)
+    assert past.tolist() == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
+    assert future.tolist() == [[4, 5], [5, 6], [6, 7]]
     with pytest.raises(ValueError, match=r"series must have at least 8 \+ 3 values, got 10"):
         windows(torch.arange(10), 8, 3)
 
@@ -133,5 +144,9 @@ def test_errors():
             Forecaster(**({"past": 10, "horizon": 2, "patch": 2} | {name: 0}))
     with pytest.raises(ValueError, match=r"past must have shape \[..., 30\], got \[2, 29\]"):
         model_of()(series_of(2, 29))
+    with pytest.raises(ValueError, match=r"future must have shape .*got \[2, 6\]"):
+        model_of().loss(series_of(2, 30), series_of(2, 6))
+    with pytest.raises(ValueError, match="forecast must have shape"):
+        mase(torch.zeros(3), torch.zeros(2), torch.arange(5.0), 1)
     with pytest.raises(TypeError, match="past must"):
         model_of()(torch.arange(30))

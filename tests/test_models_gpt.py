@@ -136,6 +136,15 @@ def test_a_text_is_classified_by_its_last_token(attention):
         torch.testing.assert_close(logits[b], model.head(stream[0, -1]))
 
 
+def test_lengths_are_checked():
+    for wrong, message in (
+        ([0, 4], r"lengths must lie in \[1, 9\], got \[0, 4\]"),
+        ([4], "lengths must hold one number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classifier_of()(tokens_of(2, 9), wrong)
+
+
 @by_attention
 def test_its_loss_has_the_texts_own_tokens_in_it(attention):
     model, tokens, lengths, labels = classifier_of(attention), tokens_of(2, 9), [9, 4], torch.tensor([2, 0])

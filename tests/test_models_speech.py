@@ -236,6 +236,18 @@ def test_names_of_parameters():
     assert names == {"subsample", "encoder", "ctc", "decoder"}
 
 
+def test_errors():
+    model, (frames, lengths) = model_of(), frames_of()
+    with pytest.raises(ValueError, match=r"features must have shape \[B, T, 16\], got \[3, 37, 15\]"):
+        model.spell(frames[..., :15], lengths)
+    for wrong, message in (
+        ([37, 12, 38], r"lengths must lie in \[1, 37\]"),
+        ([37, 12], "lengths must hold one number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.spell(frames, wrong)
+
+
 def test_training_would_change_what_is_written():
     model, (frames, lengths) = model_of().train(), frames_of()
     for call in (lambda: model.transcribe(frames, lengths, 3), lambda: model.spell(frames, lengths)):

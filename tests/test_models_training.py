@@ -71,7 +71,7 @@ def test_the_best_model_is_kept():
             every=1,
             keep_best=keep_best,
         )
-        assert history.best == (3, 1.0) and not model.training
+        assert history.kept == ((3, 1.0) if keep_best else (5, 5.0)) and not model.training
         assert torch.equal(model.weight, seen[2 if keep_best else 4]) and not torch.equal(seen[2], seen[3])
 
 
@@ -154,7 +154,7 @@ def test_epochs_have_each_example_once():
 
 
 def test_what_is_written_of_a_training(capsys, tmp_path):
-    history = training.History([2.0, 1.0000004], [(1, 3.0), (2, 1.23456)], 7.06)
+    history = training.History([2.0, 1.0000004], [(1, 3.0), (2, 1.23456)], 7.0612, (2, 1.23456))
     found = training.result("model", "accuracy, %", {"guess": 10.0001}, 97.26, history)
     assert found == {
         "name": "model",
@@ -163,8 +163,8 @@ def test_what_is_written_of_a_training(capsys, tmp_path):
         "baselines": {"guess": 10.0},
         "value": 97.3,
         "steps": 2,
-        "training seconds": 7.1,
-        "validation loss": 1.2346,
+        "training seconds": 7.061,
+        "validation": 1.2346,
         "losses": [2.0, 1.0],
     }
     training.print_results([found])
@@ -316,7 +316,12 @@ def folder(tmp_path_factory):
     ("name", "source", "names", "files"),
     [
         ("vit", "images", ["ViT, images"], ["vit-32.png", "vit-32.safetensors"]),
-        ("caption", "images", ["Captioner"] * 2, ["caption.png", "caption-attention.png", "caption.safetensors"]),
+        (
+            "caption",
+            "images",
+            ["Captioner, exact", "Captioner, chrF"],
+            ["caption.png", "caption-attention.png", "caption.safetensors"],
+        ),
         ("speech", ".", ["Speech Transformer"], ["speech.png", "speech.safetensors", "samples.txt"]),
         (
             "forecast",
@@ -327,7 +332,7 @@ def folder(tmp_path_factory):
         (
             "classify",
             "labels.tsv",
-            [f"GPT, {start}, {n} labels" for n in (408, 397) for start in ("scratch", "pre-trained")],
+            [f"GPT, {start}, {n} labels" for n in ("all", "few") for start in ("scratch", "pre-trained")],
             ["classify.png", "pretrained.safetensors"],
         ),
     ],

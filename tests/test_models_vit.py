@@ -121,6 +121,10 @@ def test_names_of_parameters():
 def test_errors():
     with pytest.raises(ValueError, match=r"image must have sides that are multiples of patch=4, got \(8, 9\)"):
         ViT(2, image=(8, 9), patch=4)
+    with pytest.raises(TypeError, match="image must be a height and a width, got 28"):
+        ViT(2, image=28)
+    with pytest.raises(ValueError, match="classes must be at least 1, or None, got 0"):
+        ViT(0)
     model = model_of()
     with pytest.raises(ValueError, match="images must have shape"):
         model(images_of(2)[..., :8])

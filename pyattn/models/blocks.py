@@ -93,7 +93,14 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Reads sequences ``[B, L, dim]``, of each of which the first ``lengths`` places count, None for all."""
+    """Reads sequences ``[B, L, dim]``, of each of which the first ``lengths`` places count, None for all.
+
+    Example:
+        >>> import torch
+        >>> encoder = Encoder(2, Sizes(dim=32, heads=4, hidden=64))
+        >>> encoder(torch.randn(2, 9, 32), [9, 4]).shape
+        torch.Size([2, 9, 32])
+    """
 
     def __init__(self, layers: int, sizes: Sizes) -> None:
         super().__init__()
@@ -122,7 +129,17 @@ class Encoded(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Writes texts about memories ``[B, S, dim]``. The embedding is the output layer, too."""
+    """Writes texts about memories ``[B, S, dim]``. The embedding is the output layer, too.
+
+    Example:
+        >>> import torch
+        >>> decoder = Decoder(100, 2, Sizes(dim=32, heads=4, hidden=64)).eval()
+        >>> encoded = decoder.read(torch.randn(2, 9, 32), [9, 4])
+        >>> decoder(torch.randint(3, 100, (2, 7)), encoded).shape
+        torch.Size([2, 7, 100])
+        >>> [len(text) <= 5 for text in decoder.write(encoded, 5)]
+        [True, True]
+    """
 
     def __init__(self, vocabulary: int, layers: int, sizes: Sizes) -> None:
         super().__init__()

@@ -7,7 +7,6 @@ arXiv:2211.14730. Series are normalised one by one, and what is forecast is brou
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyattn import checks
@@ -82,20 +81,31 @@ class Forecaster(nn.Module):
         if past.dim() < 1 or past.shape[-1] != self.past:
             raise ValueError(f"past must have shape [..., {self.past}], got {list(past.shape)}")
         series = past.reshape(-1, self.past)
-        mean = series.mean(-1, keepdim=True)
-        scale = series.std(-1, keepdim=True, unbiased=False) + 1e-5
+        mean, scale, _ = _level(series)
         used = self.patch + (self.count - 1) * self.stride
         patches = ((series - mean) / scale)[:, -used:].unfold(-1, self.patch, self.stride)
         x = self.encoder(self.dropout(self.project(patches) + self.positions))
         return (self.head(x.flatten(1)) * scale + mean).view(*past.shape[:-1], self.horizon)
 
     def loss(self, past: Tensor, future: Tensor) -> Tensor:
-        """Mean absolute error, each series in standard deviations of its past: ``[..., past]``, ``[..., horizon]``."""
-        scale = past.std(-1, keepdim=True, unbiased=False) + 1e-5
-        return F.l1_loss(self(past) / scale, future / scale)
+        """Mean absolute error, each series in standard deviations of its past: ``[..., past]``, ``[..., horizon]``.
+
+        Series whose past does not vary have no such unit, and teach nothing.
+        """
+        forecast = self(past)
+        checks.check_shape("future", future, tuple(forecast.shape), "[..., horizon]")
+        _, scale, varies = _level(past)
+        return ((forecast - future).abs() / scale * varies).sum() / (varies.sum() * self.horizon).clamp(min=1)
 
 
-def windows(series: Tensor, past: int, horizon: int, stride: int = 1) -> tuple[Tensor, Tensor]:
+def _level(series: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each series ``[..., 1]``: its mean, its standard deviation, 1 if it does not vary, and whether it does."""
+    mean, deviation = series.mean(-1, keepdim=True), series.std(-1, keepdim=True, unbiased=False)
+    varies = deviation > 1e-6 * mean.abs()
+    return mean, torch.where(varies, deviation, 1), varies
+
+
+def windows(series: Tensor, past: int, horizon: int) -> tuple[Tensor, Tensor]:
     """All pasts ``[n, past]`` of a series ``[N]`` with what follows each ``[n, horizon]``, from the start on.
 
     Raises:
@@ -110,7 +120,7 @@ def windows(series: Tensor, past: int, horizon: int, stride: int = 1) -> tuple[T
     """
     if len(series) < past + horizon:
         raise ValueError(f"series must have at least {past} + {horizon} values, got {len(series)}")
-    both = series.unfold(0, past + horizon, stride)
+    both = series.unfold(0, past + horizon, 1)
     return both[:, :past], both[:, past:]
 
 
@@ -134,6 +144,7 @@ def mase(forecast: Tensor, future: Tensor, known: Tensor, season: int) -> float:
         >>> mase(torch.tensor([5.0, 5.0]), torch.tensor([5.0, 6.0]), known, season=1)
         0.5
     """
+    checks.check_shape("forecast", forecast, tuple(future.shape), "[..., horizon] of future")
     if not 1 <= season < len(known):
         raise ValueError(f"season must lie in [1, {len(known) - 1}], got {season}")
     scale = (known[season:] - known[:-season]).abs().double().mean().item()

@@ -200,6 +200,9 @@ class GPTClassifier(nn.Module):
         return self.gpt.norm(self.gpt._stream(tokens))
 
     def _classify(self, x: Tensor, lengths: list[int]) -> Tensor:
+        ends = checks.check_numbers("lengths", lengths, len(x))
+        if any(not 1 <= end <= x.shape[1] for end in ends):
+            raise ValueError(f"lengths must lie in [1, {x.shape[1]}], got {ends}")
         last = torch.tensor(lengths, device=x.device) - 1
         return self.head(self.dropout(x[torch.arange(len(x), device=x.device), last]))
 

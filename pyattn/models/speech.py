@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyattn import checks
 from pyattn.models.blocks import Decoder, Encoded, Encoder, Sizes, sinusoids
 from pyattn.models.generation import check_evaluating
 from pyattn.nn.implementations import Implementation
@@ -157,6 +158,7 @@ class SpeechTransformer(nn.Module):
     ) -> None:
         super().__init__()
         sizes = Sizes(dim, heads, 4 * dim if hidden is None else hidden, dropout, attention)
+        self.mels = mels
         self.subsample = Subsample(mels, channels, dim)
         self.dropout = nn.Dropout(dropout)
         self.encoder = Encoder(encoder_layers, sizes)
@@ -165,6 +167,12 @@ class SpeechTransformer(nn.Module):
 
     def hear(self, features: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
         """The encoder's ``[B, ceil(T / 4), dim]``, and how many of these count."""
+        checks.check_tensor("features", features, checks.FLOAT_DTYPES)
+        if features.dim() != 3 or features.shape[-1] != self.mels:
+            raise ValueError(f"features must have shape [B, T, {self.mels}], got {list(features.shape)}")
+        lengths = checks.check_numbers("lengths", lengths, len(features))
+        if any(not 1 <= length <= features.shape[1] for length in lengths):
+            raise ValueError(f"lengths must lie in [1, {features.shape[1]}], got {lengths}")
         x, lengths = self.subsample(features, lengths)
         return self.encoder(self.dropout(x + sinusoids(range(x.shape[1]), x)), lengths), lengths
 

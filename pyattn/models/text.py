@@ -60,6 +60,15 @@ def split(
     return train, validate, test
 
 
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """As many of the items, or all if there are not so many: from the first on, at even distances.
+
+    >>> spread("abcdef", 3)
+    ['a', 'c', 'e']
+    """
+    return [items[i * len(items) // count] for i in range(count)] if count < len(items) else list(items)
+
+
 def split_text(text: str, fraction: float = 0.1) -> tuple[str, str]:
     """The text up to a line's end, and the rest: at least this fraction of its characters, by less than a line.
 

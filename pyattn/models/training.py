@@ -26,11 +26,7 @@ class History:
     losses: list[float] = field(default_factory=list)  # of each step, in nats
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # steps taken, and what they led to
     seconds: float = 0.0  # of all steps, without evaluations
-
-    @property
-    def best(self) -> tuple[int, float]:
-        """The first of the lowest evaluations."""
-        return min(self.evaluations, key=lambda evaluation: evaluation[1])
+    kept: tuple[int, float] | None = None  # the evaluation of what the model was left as
 
 
 def schedule(step: int, steps: int, warm_up: int) -> float:
@@ -121,10 +117,13 @@ def train(
                 model.eval()
                 with torch.no_grad():
                     history.evaluations.append((step, evaluate()))
-                if keep_best and history.evaluations[-1] == history.best:
+                if keep_best and (history.kept is None or history.evaluations[-1][1] < history.kept[1]):
+                    history.kept = history.evaluations[-1]
                     best = {name: value.clone() for name, value in model.state_dict().items()}
     if best:
         model.load_state_dict(best)
+    elif history.evaluations:
+        history.kept = history.evaluations[-1]
     model.eval()
     return history
 
@@ -144,9 +143,9 @@ def epochs(count: int, batch: int, generator: torch.Generator | None = None) -> 
 
 def summary(history: History) -> dict[str, Any]:
     """What ``metrics.json`` holds of a training."""
-    about: dict[str, Any] = {"steps": len(history.losses), "training seconds": round(history.seconds, 1)}
-    if history.evaluations:
-        about["validation loss"] = round(history.evaluations[-1][1], 4)
+    about: dict[str, Any] = {"steps": len(history.losses), "training seconds": round(history.seconds, 3)}
+    if history.kept is not None:
+        about["validation"] = round(history.kept[1], 4)
     return about | {"losses": [round(loss, 6) for loss in history.losses[:200]]}
 
 
@@ -233,11 +232,17 @@ def parser(description: str, data: str) -> argparse.ArgumentParser:
     )
     options.add_argument("--data", type=Path, metavar="PATH", help=data)
     options.add_argument("--quick", action="store_true", help="a minute, to see that all of it runs")
-    options.add_argument("--steps", type=int, help="of training, for each model")
+    options.add_argument("--steps", type=_at_least_1, help="of each training")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--threads", type=int, help="default: torch's own choice")
     options.add_argument("--out", type=Path, metavar="DIR", help="for checkpoints, pictures and metrics.json")
     return options
+
+
+def _at_least_1(number: str) -> int:
+    if int(number) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return int(number)
 
 
 def run(main: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.ArgumentParser, name: str) -> None:

@@ -56,9 +56,13 @@ class ViT(nn.Module):
         attention: Implementation = "pyattn",
     ) -> None:
         super().__init__()
+        if not isinstance(image, (tuple, list)) or len(image) != 2:
+            raise TypeError(f"image must be a height and a width, got {image!r}")
         if patch < 1 or min(image) < 1 or any(side % patch for side in image):
             raise ValueError(f"image must have sides that are multiples of patch={patch}, got {image}")
-        self.image, self.patch, self.channels = tuple(image), patch, channels
+        if classes is not None and classes < 1:
+            raise ValueError(f"classes must be at least 1, or None, got {classes}")
+        self.image, self.patch, self.channels = (image[0], image[1]), patch, channels
         self.grid = image[0] // patch, image[1] // patch
         self.project = nn.Linear(channels * patch**2, dim)
         self.first = nn.Parameter(torch.zeros(dim))

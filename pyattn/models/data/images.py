@@ -129,13 +129,18 @@ def _pixels(file: Any, size: int) -> Tensor:
     """``[3, size, size]`` of an image, which is made as large as fits, on white."""
     checks.require_extra("models", "PIL")
     from PIL import Image as Pillow
-    from PIL import ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
     try:
         with Pillow.open(file) as opened:
-            image = ImageOps.pad(opened.convert("RGBA"), (size, size), color=(255, 255, 255, 0))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file} must be an image, and is not one that Pillow knows") from error
+            if opened.mode.startswith("I"):
+                raise ValueError(f"{file} must be an image with 8 bits a channel, it has more")
+            upright = ImageOps.exif_transpose(opened).convert("RGBA")
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # of Pillow
+        raise ValueError(f"{file} must be an image, but {error}") from error
+    image = ImageOps.pad(upright, (size, size), color=(255, 255, 255, 0))
     white = Pillow.new("RGBA", image.size, "white")
     flat = Pillow.alpha_composite(white, image).convert("RGB")
     return torch.frombuffer(bytearray(flat.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1) / 255

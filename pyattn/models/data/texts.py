@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pyattn.models.data.sets import files, read_file
@@ -24,7 +25,7 @@ KINDS = (
 def glosses(root: Path | str | None = None) -> list[tuple[str, str]]:
     """What WordNet says of each sense of a noun, once, and what kind of thing it is: one of ``KINDS``.
 
-    Examples of use, which are in quotation marks, are left out.
+    Examples of use, which come in quotation marks behind it, are left out.
 
     Raises:
         MissingData: neither in ``root`` nor in ``folder()``.
@@ -35,7 +36,7 @@ def glosses(root: Path | str | None = None) -> list[tuple[str, str]]:
             if line.startswith(" "):  # the licence
                 continue
             fields, _, gloss = line.partition(" | ")
-            definition = gloss.partition('; "')[0].strip()
+            definition = re.split(r'[;:,] "', gloss)[0].strip()
             found.setdefault(definition, KINDS[int(fields.split(" ", 2)[1]) - 3])
     return list(found.items())
 
