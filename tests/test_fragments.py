@@ -29,6 +29,16 @@ EXPORT int fragment(char operand, int lane, int value) {
   return operand == 'a' ? fragment_a(lane, value) : operand == 'b' ? fragment_b(lane, value) : fragment_c(lane, value);
 }
 
+// Of a warpgroup's product m64n128k16: row * 128 + col of what a thread holds.
+EXPORT int sums(int thread, int value) { return fragment_sums(thread, value); }
+
+// The descriptor, but for its address, of 16 columns of a K-major tile of 64 x 64, or of 128 rows and 16 columns of an
+// MN-major one of 128 x 64 whose 64 columns lie in two panels.
+EXPORT uint64_t descriptor(bool mn_major) { return mn_major ? descriptor_mn() : descriptor_k(); }
+
+// Where an element of that MN-major tile lies.
+EXPORT int mn_address(int row, int col) { return address_mn(row, col); }
+
 EXPORT int address(int cols, int row, int col, int down, int right) {
   switch (cols) {
     case 64: return tile_address<64>(row, col, down, right);
@@ -47,6 +57,7 @@ EXPORT int loaded(bool transposed, int lane, int value) {
 
 OURS = """
 #include "emulator/prim.h"
+#include "cuda/prim_hopper.cuh"
 #include "cuda/tile.cuh"
 
 int place(emulator::Element e) { return e.row * 16 + e.col; }
@@ -58,6 +69,14 @@ template <int cols>
 int tile_address(int row, int col, int down, int right) {
   return SharedTile<ROWS_OF_TILE, cols>{0}.cursor(row, col).at(down, right);
 }
+
+int fragment_sums(int thread, int value) {
+  const emulator::Element e = emulator::fragment_sums(thread % 32, value);
+  return (thread / 32 * 16 + e.row) * 128 + e.col;
+}
+uint64_t descriptor_k() { return prim::operand(0, 16, 1024); }
+uint64_t descriptor_mn() { return prim::operand(0, 64 * 128, 1024); }
+int address_mn(int row, int col) { return emulator::Operand(descriptor_mn(), true).at(row, col); }
 
 uint32_t registers[32][4];
 
@@ -107,6 +126,37 @@ int tile_address(int row, int col, int down, int right) {
   return as_position_independent_swizzle_layout(tile)(row + down, col + right) * int(sizeof(half_t));
 }
 
+int fragment_sums(int thread, int value) {
+  using namespace cute;
+  using Product = MMA_Traits<SM90_64x128x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>>;
+  const int i = Product::CLayout{}(thread, value);
+  return i % 64 * 128 + i / 64;
+}
+
+auto mn_tile() {
+  using namespace cute;
+  return tile_to_shape(GMMA::Layout_MN_SW128_Atom<half_t>{}, make_shape(Int<128>{}, Int<64>{}), Step<_2, _1>{});
+}
+
+uint64_t descriptor_k() {
+  using namespace cute;
+  const auto layout = tile_to_shape(GMMA::Layout_K_SW128_Atom<half_t>{}, make_shape(Int<64>{}, Int<64>{}));
+  const auto tile = make_tensor(make_smem_ptr(static_cast<half_t*>(nullptr)), layout);
+  return SM90::GMMA::make_gmma_desc<GMMA::Major::K>(
+      local_tile(tile, make_shape(Int<64>{}, Int<16>{}), make_coord(0, 0)));
+}
+
+uint64_t descriptor_mn() {
+  using namespace cute;
+  const auto tile = make_tensor(make_smem_ptr(static_cast<half_t*>(nullptr)), mn_tile());
+  return SM90::GMMA::make_gmma_desc<GMMA::Major::MN>(
+      local_tile(tile, make_shape(Int<128>{}, Int<16>{}), make_coord(0, 0)));
+}
+
+int address_mn(int row, int col) {
+  return cute::as_position_independent_swizzle_layout(mn_tile())(row, col) * int(sizeof(cute::half_t));
+}
+
 template <bool transposed>
 int load(int lane, int value) {
   using namespace cute;
@@ -131,6 +181,7 @@ def build(source, options=""):
     path = emulator.BUILD / f"fragments-{emulator._hash(source, options, texts)}.so"
     library = ctypes.CDLL(str(emulator._build(path, source, options)))
     library.fragment.argtypes = (ctypes.c_char, ctypes.c_int, ctypes.c_int)
+    library.descriptor.restype = ctypes.c_uint64
     return library
 
 
@@ -218,3 +269,26 @@ def test_matrices_are_loaded_as_in_cute(transposed):
 def test_tiles_are_those_of_cute(cols):
     """With the permutations that wgmma and TMA know as 128-byte and 64-byte swizzles."""
     assert chunks(ours(), cols) == chunks(theirs(), cols)
+
+
+def test_each_sum_of_a_warpgroup_is_held_once():
+    held = sorted(ours().sums(thread, value) for thread in range(128) for value in range(64))
+    assert held == list(range(64 * 128))
+
+
+def test_the_sums_of_a_warpgroup_are_those_of_cute():
+    pairs = [(thread, value) for thread in range(128) for value in range(64)]
+    assert [ours().sums(*pair) for pair in pairs] == [theirs().sums(*pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("mn_major", [False, True])
+def test_operands_are_described_as_by_cute(mn_major):
+    """Strides and swizzle; of K-major operands the leading one is ignored."""
+    ignored = 0 if mn_major else 0x3FFF << 16
+    assert ours().descriptor(mn_major) & ~ignored == theirs().descriptor(mn_major) & ~ignored
+
+
+def test_elements_of_an_mn_major_operand_lie_where_cute_has_them():
+    """In the first 16 columns, which one product reads."""
+    pairs = [(row, col) for row in range(128) for col in range(16)]
+    assert [ours().mn_address(*pair) for pair in pairs] == [theirs().mn_address(*pair) for pair in pairs]

@@ -1,5 +1,5 @@
-// The machine, one function a primitive: the only inline PTX of the project. csrc/emulator/prim.h is the host twin,
-// with which the same kernels run on a CPU.
+// The machine, one function a primitive: the only inline PTX of the project, with prim_hopper.cuh, which has what came
+// with Hopper. csrc/emulator/prim.h is the host twin, with which the same kernels run on a CPU.
 //
 // Device code includes no header but these: NVRTC compiles a kernel in a few tenths of a second with nothing installed.
 // Shared memory is addressed by 32-bit offsets, as its instructions do. Sources: the PTX ISA, by instruction.

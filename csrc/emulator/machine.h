@@ -1,10 +1,12 @@
 // A streaming multiprocessor in slow motion, on a CPU: one block at a time, each of its threads a fiber.
 //
-// A fiber runs until it meets the others of its warp (`meet`) or of its block (`barrier`). Memory is watched rather
-// than timed: a shared word remembers which warp wrote and which warps read it since the last barrier, and whether a
-// copy to it is under way. So a missing wait or barrier is an error whatever the order of the threads; the two modes
-// change it all the same. In `late` mode copies land when a wait demands it, and lanes take turns; in `racing` mode
-// copies land at once, and each warp, in random order, runs ahead as far as it can.
+// A fiber runs until it meets the others of its warp (`meet`) or of its block (`barrier`), or waits for something else
+// (`wait_until`). Memory is watched rather than timed. Each warp has a clock, and knows how far it has heard of the
+// others' (vector clocks, Mattern 1989): whoever waits at a barrier hears of all that was done before it. A shared word
+// remembers when which warp wrote it and which warps have read it since, and whether a copy to it is under way. So a
+// missing wait or barrier is an error whatever the order of the threads; the two modes change it all the same. In
+// `late` mode copies land when a wait demands it, and lanes take turns; in `racing` mode copies land at once, and each
+// warp, in random order, runs ahead as far as it can. What Hopper does by itself, in bulk, is in async.h.
 //
 // It knows nothing of time, and of the memory model between blocks. x86-64 only.
 #pragma once
@@ -13,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,6 +23,17 @@
 namespace emulator {
 
 constexpr size_t kStack = 1 << 16;
+constexpr int kWarps = 16, kEngine = kWarps;  // what copies in bulk has a clock, too
+
+// By whom how much has been heard of.
+struct Clock {
+  uint32_t of[kWarps + 1] = {};
+
+  void hear(const Clock& other) {
+    for (int i = 0; i <= kWarps; ++i)
+      if (of[i] < other.of[i]) of[i] = other.of[i];
+  }
+};
 
 struct Copy {
   uint32_t to;
@@ -33,7 +47,8 @@ struct Fiber {
   void* stack_pointer = nullptr;
   int thread = 0;
   State state = State::ready;
-  const void* in = nullptr;  // of a collective
+  std::function<bool()> until;  // what it waits for, if it is not the others of its warp or block
+  const void* in = nullptr;     // of a collective
   void* out = nullptr;
   std::vector<Copy> open;  // copies that no group has yet
   std::deque<std::vector<Copy>> groups;
@@ -45,22 +60,24 @@ struct Warp {
 };
 
 struct Word {
-  uint32_t written = 0, read = 0;  // the number of barriers before, plus 1; 0: never
+  uint32_t written = 0;        // by the writer's clock; 0: never
+  uint32_t read[kWarps] = {};  // by each reader's clock, since it was written
+  uint32_t readers = 0;        // a bit a warp
   uint16_t writer = 0;
-  uint32_t readers = 0;  // a bit a warp
-  int in_flight = 0;
+  uint16_t in_flight = 0;  // copies to it
+  uint16_t in_use = 0;     // products, and copies from it, that may still read it
 };
 
 struct Machine {
-  bool racing = false;
+  bool racing = false, scheduling = false;
   uint32_t random = 1;
   int64_t block = 0;
   int threads = 0, live = 0, at_barrier = 0;
-  uint32_t epoch = 1;
   std::vector<unsigned char> shared;
   std::vector<Word> words;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  Clock clocks[kWarps + 1];
   std::vector<std::unique_ptr<char[]>> stacks;
   Fiber* current = nullptr;
   void* scheduler = nullptr;
@@ -99,6 +116,7 @@ inline void fail(const std::string& what) {
   if (machine.error.empty())
     machine.error =
         "block " + std::to_string(machine.block) + ", thread " + std::to_string(machine.current->thread) + ": " + what;
+  if (machine.scheduling) return;  // nobody is to be interrupted
   yield();
   abort();
 }
@@ -118,6 +136,20 @@ inline void enter() {
 }
 
 inline int this_warp() { return machine.current->thread / 32; }
+inline Clock& this_clock() { return machine.clocks[this_warp()]; }
+
+inline void wait_until(std::function<bool()> holds) {
+  if (holds()) return;
+  machine.current->until = std::move(holds);
+  machine.current->state = State::waiting;
+  yield();
+}
+
+// What the warp has done so far is told to whoever hears `clock`; what it does from now on is later.
+inline void tell(Clock& clock) {
+  clock.hear(this_clock());
+  ++this_clock().of[this_warp()];
+}
 
 inline uint32_t next_random() { return machine.random = machine.random * 1664525u + 1013904223u, machine.random >> 8; }
 
@@ -136,26 +168,42 @@ inline uint32_t shared_offset(const void* at) {
 
 inline void fail_at(uint32_t word, const char* what) { fail("shared word " + std::to_string(word) + " " + what); }
 
-inline void watch_read(uint32_t address, int bytes) {
-  for (uint32_t i = address / 4; i < (address + bytes + 3) / 4; ++i) {
-    Word& word = machine.words[i];
-    if (word.in_flight) fail_at(i, "is read while a copy to it is under way");
-    if (word.written == machine.epoch && word.writer != this_warp())
-      fail_at(i, "is read without a barrier after another warp wrote it");
-    if (word.read != machine.epoch) word.read = machine.epoch, word.readers = 0;
-    word.readers |= 1u << this_warp();
+// That a warp, or the engine, which has heard of `clock`, may read or write a word.
+inline void check_read(uint32_t i, const Clock& clock) {
+  const Word& word = machine.words[i];
+  if (word.in_flight) fail_at(i, "is read while a copy to it is under way");
+  if (word.written > clock.of[word.writer]) fail_at(i, "is read without a barrier after another warp wrote it");
+}
+
+inline void check_write(uint32_t i, const Clock& clock, bool lands) {
+  const Word& word = machine.words[i];
+  if (!lands && word.in_flight) fail_at(i, "is written while a copy to it is under way");
+  if (word.in_use) fail_at(i, "is written while a product or a copy still reads it");
+  if (word.written > clock.of[word.writer]) fail_at(i, "is written without a barrier after another warp wrote it");
+  for (uint32_t left = word.readers; left; left &= left - 1) {
+    const int reader = __builtin_ctz(left);
+    if (word.read[reader] > clock.of[reader]) fail_at(i, "is written without a barrier after another warp read it");
   }
+}
+
+inline void note_read(uint32_t i) {
+  machine.words[i].read[this_warp()] = this_clock().of[this_warp()];
+  machine.words[i].readers |= 1u << this_warp();
+}
+
+inline void note_write(uint32_t i, int writer, uint32_t when) {
+  Word& word = machine.words[i];
+  word.written = when, word.writer = static_cast<uint16_t>(writer), word.readers = 0;
+}
+
+inline void watch_read(uint32_t address, int bytes) {
+  for (uint32_t i = address / 4; i < (address + bytes + 3) / 4; ++i) check_read(i, this_clock()), note_read(i);
 }
 
 inline void watch_write(uint32_t address, int bytes, bool lands) {
   for (uint32_t i = address / 4; i < (address + bytes + 3) / 4; ++i) {
-    Word& word = machine.words[i];
-    if (!lands && word.in_flight) fail_at(i, "is written while a copy to it is under way");
-    if (word.written == machine.epoch && word.writer != this_warp())
-      fail_at(i, "is written without a barrier after another warp wrote it");
-    if (word.read == machine.epoch && word.readers & ~(1u << this_warp()))
-      fail_at(i, "is written without a barrier after another warp read it");
-    word.written = machine.epoch, word.writer = static_cast<uint16_t>(this_warp());
+    check_write(i, this_clock(), lands);
+    note_write(i, this_warp(), this_clock().of[this_warp()]);
   }
 }
 
@@ -186,9 +234,13 @@ inline void barrier() {
     yield();
     return;
   }
-  machine.at_barrier = 0, ++machine.epoch;
+  machine.at_barrier = 0;
+  Clock all;
+  const int num_warps = machine.threads / 32;
+  for (int w = 0; w < num_warps; ++w) all.hear(machine.clocks[w]);
+  for (int w = 0; w < num_warps; ++w) machine.clocks[w] = all, ++machine.clocks[w].of[w];
   for (Fiber& fiber : machine.fibers)
-    if (fiber.state == State::waiting) fiber.state = State::ready;
+    if (fiber.state == State::waiting && !fiber.until) fiber.state = State::ready;
 }
 
 // ---- copies
@@ -222,59 +274,6 @@ inline void wait(size_t pending) {
       for (int i = 0; i < copy.size / 4; ++i) --machine.words[copy.to / 4 + i].in_flight;
       watch_write(copy.to, copy.size, true);
     }
-}
-
-// ---- a launch
-// -----------------------------------------------------------------------------------------------------------
-
-inline void run_block(int64_t block, int threads, size_t shared_bytes) {
-  Machine& m = machine;
-  m.block = block, m.threads = m.live = threads, m.at_barrier = 0, m.epoch = 1;
-  m.shared.assign(shared_bytes, 0xff);  // NaN, in each of the types
-  m.words.assign((shared_bytes + 3) / 4, {});
-  m.fibers.assign(threads, {});
-  m.warps.assign(threads / 32, {});
-  while (m.stacks.size() < static_cast<size_t>(threads)) m.stacks.emplace_back(new char[kStack]);
-  for (int i = 0; i < threads; ++i) {
-    m.fibers[i].thread = i;
-    uintptr_t top = reinterpret_cast<uintptr_t>(m.stacks[i].get() + kStack) & ~uintptr_t{15};
-    void** stack = reinterpret_cast<void**>(top - 8);  // as after a call
-    *--stack = reinterpret_cast<void*>(&enter);
-    m.fibers[i].stack_pointer = stack - 6;  // the registers that a switch restores
-  }
-  const int num_warps = threads / 32;
-  while (m.live && m.error.empty()) {
-    bool any = false;
-    const int first = m.racing ? next_random() % num_warps : 0, rotation = m.racing ? next_random() % 32 : 0;
-    for (int k = 0; k < num_warps && m.error.empty(); ++k) {
-      const int w = (first + k) % num_warps;
-      bool ran = true;
-      while (ran && m.error.empty()) {  // racing: until every lane waits for another warp
-        ran = false;
-        for (int l = 0; l < 32 && m.error.empty(); ++l) {
-          Fiber& fiber = m.fibers[w * 32 + (l + rotation) % 32];
-          if (fiber.state != State::ready) continue;
-          ran = any = true;
-          m.current = &fiber;
-          emulator_switch(&m.scheduler, fiber.stack_pointer);
-        }
-        if (!m.racing) break;
-      }
-    }
-    if (!any && m.live && m.error.empty())
-      m.error = "block " + std::to_string(block) + ": deadlock, " + std::to_string(m.live) + " threads are left, " +
-                std::to_string(m.at_barrier) + " of them at a barrier";
-  }
-}
-
-// Runs a kernel; returns what went wrong, or null.
-inline const char* run(void (*kernel)(const void*), const void* params, int64_t blocks, int threads,
-                       size_t shared_bytes, bool racing, uint32_t seed) {
-  Machine& m = machine;
-  m.kernel = kernel, m.params = params, m.racing = racing, m.random = seed * 2654435761u + 1;
-  m.error.clear();
-  for (int64_t i = 0; i < blocks && m.error.empty(); ++i) run_block(racing ? blocks - 1 - i : i, threads, shared_bytes);
-  return m.error.empty() ? nullptr : m.error.c_str();
 }
 
 }  // namespace emulator

@@ -4,8 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "fragments.h"
-#include "machine.h"
+#include "launch.h"
 
 #define DEV inline
 #define KERNEL(name)                                                                   \
@@ -75,12 +74,7 @@ DEV uint32_t pack(float low, float high, bool bf16) {
   return from_float(low, bf16) | static_cast<uint32_t>(from_float(high, bf16)) << 16;
 }
 
-DEV float to_float(uint16_t bits, bool bf16) {
-  if (bf16) return bits_to_float(static_cast<uint32_t>(bits) << 16);
-  _Float16 half;
-  memcpy(&half, &bits, 2);
-  return static_cast<float>(half);
-}
+DEV float to_float(uint16_t bits, bool bf16) { return emulator::to_float(bits, bf16); }
 
 DEV void atomic_add(float* address, float value) { *address += value; }
 
@@ -173,6 +167,56 @@ DEV void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
         static_cast<float*>(lanes[l].out)[r] = C[e.row][e.col];
       }
   });
+}
+
+// ---- Hopper -----------------------------------------------------------------------------------------------
+
+using TensorMap = emulator::TensorMap;
+
+DEV void barrier_init(uint32_t barrier, int count) { emulator::barrier_init(barrier, count); }
+DEV void barrier_init_fence() { emulator::barrier_init_fence(); }
+DEV void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier, 0); }
+DEV void barrier_expect(uint32_t barrier, int bytes) { emulator::barrier_arrive(barrier, bytes); }
+DEV void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
+
+DEV void copy_box(uint32_t to, const TensorMap& map, uint32_t barrier, int x, int y, int z, int w) {
+  emulator::copy_box(to, map, barrier, {x, y, z, w, 0});
+}
+DEV void store_box(const TensorMap& map, uint32_t from, int x, int y, int z, int w) {
+  emulator::store_box(map, from, {x, y, z, w, 0});
+}
+DEV void store_commit() { emulator::store_commit(); }
+template <int pending>
+void store_wait() {
+  emulator::store_wait(pending);
+}
+DEV void fence_stores() { emulator::fence_stores(); }
+
+DEV void named_sync(int id, int threads) { emulator::named_sync(id, threads); }
+DEV void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
+
+template <int count>
+void take_registers() {
+  emulator::set_registers(count, true);
+}
+template <int count>
+void give_registers() {
+  emulator::set_registers(count, false);
+}
+
+template <bool b_mn_major, int count>
+void multiply_async(float (&c)[count], uint64_t a, uint64_t b, bool accumulate, bool bf16) {
+  emulator::multiply_async({c, count, nullptr, a, b, b_mn_major, accumulate, bf16});
+}
+template <bool b_mn_major, int count>
+void multiply_async(float (&c)[count], const uint32_t (&a)[4], uint64_t b, bool accumulate, bool bf16) {
+  emulator::multiply_async({c, count, a, 0, b, b_mn_major, accumulate, bf16});
+}
+DEV void products_fence() { emulator::products_fence(); }
+DEV void products_commit() { emulator::products_commit(); }
+template <int pending>
+void products_wait() {
+  emulator::products_wait(pending);
 }
 
 }  // namespace prim
