@@ -179,7 +179,8 @@ SUITES = {
         tables.models_rows,
         "float32. A GPT of 4 blocks, 4 heads on 2, and a Transformer of 2 and 2 layers, 4 heads, source and target as "
         "long as the context; width 256, vocabulary 256, batch 1 in training. A training step is forward, backward and "
-        "update; attention: the same calls of attention alone, forward and backward. Generation is greedy, over caches that hold the context.",
+        "update; attention: the same calls of attention alone, forward and backward. Generation is greedy, over caches "
+        "that hold the context.",
         Plot(
             "Whole models: lower is faster",
             {
