@@ -144,11 +144,15 @@ def longest(cell: Cell, name: str) -> dict[str, int]:
     peaks = {length: peak(length) for length in (2048, 4096)}
     while True:
         (shorter, less), (longer, more) = sorted(peaks.items())[-2:]
+        assert less < more, f"memory must grow with the length, or it is not what is measured: {peaks}"
         power = math.log(more / less) / math.log(longer / shorter)
         best = max(length for length, taken in peaks.items() if taken <= MEMORY)
-        guess = min(cell.length, int(longer * (0.98 * MEMORY / more) ** (1 / power)) // STEP * STEP)
-        if guess in peaks or peaks[best] >= MEMORY * 15 / 16:
+        over = min((length for length, taken in peaks.items() if taken > MEMORY), default=None)
+        if peaks[best] >= MEMORY * 15 / 16 or best == cell.length or over == best + STEP:
             return {"length": best, "bytes": peaks[best]}
+        guess = min(cell.length, int(longer * (0.98 * MEMORY / more) ** (1 / power)) // STEP * STEP)
+        if guess <= best or (over is not None and guess >= over):  # it has been there
+            guess = best + STEP if over is None else (best + over) // 2 // STEP * STEP
         peaks[guess] = peak(guess)
 
 

@@ -61,8 +61,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     corpus = Corpus(*parts, text.train_tokenizer(sentences, VOCABULARY))
     if args.model == "seq2seq":
         corpus = corpus.shorter(SHORT)
-    if not all(corpus[:3]):
-        raise ValueError(f"{args.data} must hold enough sentences of at most {SHORT} words to hold some out")
+        if not all(corpus[:3]):
+            raise ValueError(f"{args.data} must hold enough sentences of at most {SHORT} words to hold some out")
     console.print(f"{len(corpus.train)} sentences to train on, {len(corpus.test)} held out")
     metrics: dict[str, Any] = {
         "model": args.model,
