@@ -175,28 +175,30 @@ def test_digits_of_8_and_of_28(tmp_path):
 
 def test_emoji_of_a_font(tmp_path):
     """A font with two glyphs, of which one takes the place of two characters."""
-    png = io.BytesIO()
-    Pillow.new("RGBA", (8, 8), (0, 0, 255, 255)).save(png, "PNG")
+    colours = {"hand": (0, 0, 255, 255), "hand_tone": (0, 255, 0, 255), "heart": (255, 0, 0, 255)}
+    pictures = {}
+    for name, colour in colours.items():
+        png = io.BytesIO()
+        Pillow.new("RGBA", (8, 8), colour).save(png, "PNG")
+        pictures[name] = png.getvalue()
     builder = FontBuilder(1000)
-    names = [".notdef", "hand", "tone", "hand_tone"]
+    names = [".notdef", "hand", "tone", "hand_tone", "heart"]
     builder.setupGlyphOrder(names)
-    builder.setupCharacterMap({0x1F44B: "hand", 0x1F3FF: "tone"})
+    builder.setupCharacterMap({0x1F44B: "hand", 0x1F3FF: "tone", 0x2764: "heart"})
     builder.setupHorizontalMetrics({name: (1000, 0) for name in names})
     builder.setupHorizontalHeader()
     builder.setupPost()
     builder.addOpenTypeFeatures("feature ccmp { sub hand tone by hand_tone; } ccmp;")
     font = builder.font
-    font["CBDT"], font["CBLC"] = bitmaps({name: png.getvalue() for name in ("hand", "hand_tone")})
+    font["CBDT"], font["CBLC"] = bitmaps(pictures)
     path = tmp_path / "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
     path.parent.mkdir(parents=True)
     font.save(path)
     found = {image.text: image for image in data.emoji(16, tmp_path)}
-    assert set(found) == {"waving hand", "waving hand dark skin tone"}
-    assert found["waving hand"].pixels.shape == (3, 16, 16) and found["waving hand"].pixels[:, 8, 8].tolist() == [
-        0,
-        0,
-        1,
-    ]
+    assert set(found) == {"waving hand", "waving hand dark skin tone", "red heart"}, "its sign asks for colours"
+    assert found["waving hand"].pixels.shape == (3, 16, 16)
+    for name, colour in (("waving hand", 2), ("waving hand dark skin tone", 1), ("red heart", 0)):
+        assert found[name].pixels[:, 8, 8].tolist() == torch.eye(3)[colour].tolist()
 
 
 def bitmaps(pictures):
@@ -223,7 +225,7 @@ def bitmaps(pictures):
         setattr(size, direction, line)
     index = eblc_index_sub_table_1(b"", None)
     index.indexFormat, index.imageFormat, index.imageDataOffset = 1, 17, 4
-    index.names = sorted(pictures, key=["hand", "tone", "hand_tone"].index)
+    index.names = sorted(pictures, key=["hand", "tone", "hand_tone", "heart"].index)
     strike.indexSubTables = [index]
     cblc.strikes = [strike]
     return cbdt, cblc
@@ -241,6 +243,11 @@ def test_a_wave_keeps_its_tone(tmp_path, rate):
     assert torch.fft.rfft(read.double()).abs().argmax() == 440
     expected = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(8000) / 8000)
     torch.testing.assert_close(read[500:-500], expected[500:-500], rtol=0, atol=2e-3)
+
+
+def test_what_is_too_loud_is_cut_off(tmp_path):
+    write_wave(tmp_path / "a.wav", torch.tensor([1.5, -1.5, 0.5]), 8000)
+    assert read_wave(tmp_path / "a.wav", 8000).tolist() == [1 - 2**-15, -1, 0.5]
 
 
 @pytest.mark.parametrize(("width", "values"), [(1, [0, 128, 192]), (2, [-32768, 0, 16384]), (4, [-(2**31), 0, 2**30])])

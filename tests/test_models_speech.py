@@ -92,6 +92,9 @@ def test_masks_hide_bands_and_spans():
         assert bands.sum() <= 32 and spans.sum() <= n // 5
         shares += [bands.any().item(), spans.any().item()]
     assert sum(shares) >= 3
+    for seed in range(20):  # of a recording that ends in the middle no span is beyond
+        beyond = masked(features, lengths, torch.Generator().manual_seed(seed))[1, 50:]
+        assert not (beyond == 0).all(1).any()
 
 
 # ---- padding -----------------------------------------------------------------------------------------------

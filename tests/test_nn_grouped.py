@@ -351,12 +351,14 @@ def test_weights_are_those_of_the_output(attention, is_causal):
         E, 4, 2, head_dim=D, rotary=rotary, qk_norm=True, is_causal=is_causal, window=(3, 3), attention=attention
     ).double()
     x, lengths = torch.randn(2, 9, E, dtype=torch.float64), [9, 5]
-    weights = module.weights(x, lengths=lengths)
+    more = {"lengths": lengths, "positions": torch.tensor([3, 0, 7, 1, 8, 2, 5, 4, 6])}
+    more["attn_mask"] = torch.eye(9, dtype=torch.bool) | (torch.rand(9, 9) < 0.7)
+    weights = module.weights(x, **more)
     assert weights.shape == (2, 9, 9) and not weights[1, :, 5:].any()
     torch.testing.assert_close(weights[:, :5].sum(-1), torch.ones(2, 5).double())
     if is_causal:
         assert not weights.triu(1).any()
-    assert not weights.tril(-4).any() and not weights.triu(4).any()
+    assert not weights.tril(-4).any() and not weights.triu(4).any() and not weights[:, ~more["attn_mask"]].any()
     # One value for all heads, which the output hands on: what is left is the mean of the heads' weights.
     with torch.no_grad():
         v = module.qkv_proj.weight[(4 + 2) * D :]
@@ -365,7 +367,7 @@ def test_weights_are_those_of_the_output(attention, is_causal):
         for head in range(4):
             module.out_proj.weight[:D, head * D : (head + 1) * D] = torch.eye(D) / 4
     values = x @ module.qkv_proj.weight[(4 + 2) * D : (4 + 3) * D].T
-    torch.testing.assert_close((weights @ values)[0], module(x, lengths=lengths)[0, :, :D])
-    torch.testing.assert_close((weights @ values)[1, :5], module(x, lengths=lengths)[1, :5, :D])
+    torch.testing.assert_close((weights @ values)[0], module(x, **more)[0, :, :D])
+    torch.testing.assert_close((weights @ values)[1, :5], module(x, **more)[1, :5, :D])
     with pytest.raises(ValueError, match=f"x must have shape .* E = {E}, got"):
         module.weights(x[..., :-1])
