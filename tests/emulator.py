@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -57,7 +58,9 @@ EXPORT bool emulator_set_flag(const std::string& name, int value) {{
 }}
 EXPORT const char* emulator_run(const void* params, int64_t blocks, int threads, size_t shared, bool racing,
                                 uint32_t seed) {{
-  return emulator::run(emulated_kernel, params, blocks, threads, shared, racing, seed);
+  static EmulatedParams aligned;
+  memcpy(&aligned, params, sizeof aligned);
+  return emulator::run(emulated_kernel, &aligned, blocks, threads, shared, racing, seed);
 }}
 """
 
@@ -119,8 +122,8 @@ class Emulator(launch.Gpu):
 
     device_type = "cpu"
 
-    def __init__(self, sources: Path = ROOT / "csrc" / "cuda") -> None:
-        self.sources = sources
+    def __init__(self, sources: Path = ROOT / "csrc" / "cuda", arch: str = "sm_80") -> None:
+        self.sources, self._arch = sources, arch
         self._driver = ctypes.CDLL(str(driver()))
         launch._native.cuda_open(str(driver()))
 
@@ -139,11 +142,14 @@ class Emulator(launch.Gpu):
         return []
 
     def arch(self, device: torch.device) -> str:
-        return "sm_80"
+        return self._arch
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return 3  # fewer than there are tiles
 
     def cubin(self, file: str, defines: jit.Defines, arch: str) -> bytes:
-        name = next(line for line in (self.sources / file).read_text().splitlines() if line.startswith("KERNEL("))
-        path = library(file, name.removeprefix("KERNEL(").split(")")[0], defines, self.sources)
+        (name,) = re.findall(r"^KERNEL(?:_OF)?\((\w+)", (self.sources / file).read_text(), re.MULTILINE)
+        path = library(file, name, defines, self.sources)
         return "\n".join([str(path), *(f"{flag} {defines[flag]}" for flag in FLAGS)]).encode()
 
     def stream(self, device: torch.device) -> int:
@@ -167,8 +173,8 @@ def cleared(caches: tuple[Any, ...] = PLANS) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def installed(sources: Path = ROOT / "csrc" / "cuda") -> Iterator[Emulator]:
+def installed(sources: Path = ROOT / "csrc" / "cuda", arch: str = "sm_80") -> Iterator[Emulator]:
     """The CUDA backend runs kernels from ``sources`` on the emulator within a ``with`` block."""
-    emulator = Emulator(sources)
+    emulator = Emulator(sources, arch)
     with cleared(CACHES + PLANS), mock.patch.object(launch, "gpu", emulator):
         yield emulator

@@ -24,7 +24,7 @@
 // Each warp has its own rows from the products to the end: scores never leave registers, and one `sync` before each
 // product is all that warps know of each other. Warps along the keys (WARPS_N) have their own keys of each tile, and
 // merge once, at the end.
-#include "tile.cuh"
+#include "softmax.cuh"
 
 constexpr int MT = BLOCK_M / WARPS_M / 16;    // pieces of 16 rows of a warp
 constexpr int WARP_KEYS = BLOCK_N / WARPS_N;  // keys of a tile that a warp has
@@ -34,45 +34,8 @@ using KeyTile = SharedTile<BLOCK_N, BLOCK_D>;
 using ValueTile = SharedTile<BLOCK_N, BLOCK_DV>;
 static_assert(MT * 16 * WARPS_M == BLOCK_M && NT * 8 * WARPS_N == BLOCK_N && NT % 2 == 0, "tiles and warps");
 
-// Each thread's two rows of each piece of 16, and what is known of them.
-struct Rows {
-  int row[MT][2], head[MT][2];
-  float slope[MT][2];
-  float max[MT][2];  // of scores times log2(e)
-  float sum[MT][2];  // this thread's part
-};
-
-// Weights of one more tile, in place of scores, and earlier sums shrunk (Milakov and Gimelshein 2018). A row that has
-// seen no live key yet has a maximum of -inf, and sums of 0.
-DEV void online_softmax_step(Fragment<MT, NT>& s, Fragment<MT, DT>& out, Rows& rows, float unit) {
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < NT; ++n) top = fmaxf(top, fmaxf(s.x[m][n][2 * half], s.x[m][n][2 * half + 1]));
-      top = fmaxf(top, prim::shuffle_xor(top, 1));
-      top = fmaxf(top, prim::shuffle_xor(top, 2));
-      const float old_max = rows.max[m][half], new_max = fmaxf(old_max, top * unit);
-      const float base = new_max == -INFINITY ? 0 : new_max, alpha = prim::exp2(old_max - base);
-      float sum = 0;
-#pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          s.x[m][n][i] = prim::exp2(s.x[m][n][i] * unit - base);
-          sum += s.x[m][n][i];
-        }
-      rows.max[m][half] = new_max;
-      rows.sum[m][half] = rows.sum[m][half] * alpha + sum;
-#pragma unroll
-      for (int d = 0; d < DT; ++d) out.x[m][d][2 * half] *= alpha, out.x[m][d][2 * half + 1] *= alpha;
-    }
-}
-
 // Each of the four threads that share a row asks for one of four blocks of 8 keys, and tells the others.
-DEV void drop(Fragment<MT, NT>& weights, const Rows& rows, const Dropout& dropout, int b, int first_key) {
+DEV void drop(Fragment<MT, NT>& weights, const Rows<MT>& rows, const Dropout& dropout, int b, int first_key) {
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -91,7 +54,7 @@ DEV void drop(Fragment<MT, NT>& weights, const Rows& rows, const Dropout& dropou
 }
 
 // Brings what the warps along the keys found together in the first of them, one after the other.
-DEV void merge_warps(Fragment<MT, DT>& out, Rows& rows, uint32_t shared) {
+DEV void merge_warps(Fragment<MT, DT>& out, Rows<MT>& rows, uint32_t shared) {
   constexpr int VALUES = MT * (DT * 4 + 4);  // of a thread
   const int slot = ((warp_n() - 1) * WARPS_M + warp_m()) * VALUES;
   prim::sync();  // the tiles are no longer needed
@@ -165,21 +128,13 @@ KERNEL(attention_fwd) {
   if (tiles.begin < tiles.end) load_tile(key, p.key, p.D, [&](int n) { return key_row(tiles.begin + n); });
   prim::copy_commit();
 
-  // A sink is a key that takes weight and gives no value; of partial results exactly one may count it.
-  Rows rows;
+  Rows<MT> rows;
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = first_row + warp_m() * MT * 16 + fragment_row(m, 2 * half);
-      rows.row[m][half] = r / ROWS;
-      rows.head[m][half] = i_head * ROWS + r % ROWS;
-      rows.slope[m][half] = slope_of(p, s.b, rows.head[m][half]);
-      rows.max[m][half] = -INFINITY, rows.sum[m][half] = 0;
-      if (p.sinks && !p.partial_out && warp_n() == 0) {
-        rows.max[m][half] = load_float(p.sinks, rows.head[m][half], p.sinks_type) * LOG2E;
-        rows.sum[m][half] = lane() % 4 == 0;
-      }
+      rows.begin(p, s, m, half, r / ROWS, i_head * ROWS + r % ROWS, !p.partial_out && warp_n() == 0);
     }
   Fragment<MT, DT> out;
   out.fill(0);
@@ -202,33 +157,10 @@ KERNEL(attention_fwd) {
     prim::copy_commit();
 
     const int warp_key = first_key + warp_n() * WARP_KEYS;
-    if (!folds() || MASK) {
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            scores.x[m][n][i] = score_of(p, s, scores.x[m][n][i], rows.row[m][i / 2], warp_key + fragment_col(n, i),
-                                         first_key, rows.head[m][i / 2], rows.slope[m][i / 2])
-                                    .value;
-    }
-    if (tiles.needs_mask(first_key, BLOCK_N)) {
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const KeyRange range = s.key_range(rows.row[m][half]);
-#pragma unroll
-          for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; ++i) {
-              const int k = warp_key + fragment_col(n, i);
-              if (k < range.lo || k >= range.hi) scores.x[m][n][i] = -INFINITY;
-            }
-        }
-    }
-    online_softmax_step(scores, out, rows, unit);
+    finish_scores(scores, p, s, tiles, rows, first_key, warp_key);
+    float shrink[MT][2];
+    online_softmax_step(scores, rows, unit, shrink);
+    rescale(out, shrink);
     if (DROPOUT) drop(scores, rows, dropout, s.b, warp_key);
     multiply_add(out, scores, value, warp_n() * WARP_KEYS);
   }
@@ -238,15 +170,12 @@ KERNEL(attention_fwd) {
     if (warp_n() > 0) return;
   }
 
-  // What was found. A row without keys has a sum of 0.
   const int again = prim::fresh(first_row);
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = rows.sum[m][half];
-      sum += prim::shuffle_xor(sum, 1);
-      sum += prim::shuffle_xor(sum, 2);
+      const float sum = rows.total(m, half);
       const int r = again + warp_m() * MT * 16 + fragment_row(m, 2 * half);
       const int row = r / ROWS, head = i_head * ROWS + r % ROWS;
       if (row >= s.Lq) continue;

@@ -78,7 +78,9 @@ struct Params {
   int32_t total_k;
   int32_t tiles;  // of a sample, and in all: see tile_of
   int32_t slots;
-  int32_t num_splits;  // parts of the keys, of `split` keys each
+  int32_t items;           // tiles of rows, of all heads, where a block has more than one
+  int32_t heads_together;  // of which tiles come before those of other heads
+  int32_t num_splits;      // parts of the keys, of `split` keys each
   int32_t split;
   int32_t num_pages;
   int32_t mask_B;  // sizes of the mask itself: 1 where it is broadcast

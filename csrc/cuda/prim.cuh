@@ -18,7 +18,9 @@ typedef long long int64_t;
 typedef unsigned long long uint64_t;
 
 #define DEV __device__ __forceinline__
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Params p)
+#define KERNEL(name) KERNEL_OF(name, Params)
+#define KERNEL_OF(name, Params) \
+  extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Params p)
 #define INFINITY __int_as_float(0x7f800000)
 
 namespace prim {
@@ -27,6 +29,7 @@ namespace prim {
 
 DEV int thread() { return threadIdx.x; }
 DEV int block() { return blockIdx.x; }
+DEV int grid() { return gridDim.x; }  // blocks
 
 // x, of which the compiler knows no more: what is computed from it is not kept in registers across a loop, but computed
 // again.
@@ -44,6 +47,7 @@ DEV uint32_t shared_base() {
 // ---- together ---------------------------------------------------------------------------------------------
 
 DEV void sync() { __syncthreads(); }
+DEV void sync_warp() { __syncwarp(); }
 DEV float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEV uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
@@ -96,6 +100,10 @@ struct Words {
   uint32_t w[4];
 };
 
+DEV void store_global(void* address, const Words& x) {  // a multiple of 16
+  *static_cast<uint4*>(address) = {x.w[0], x.w[1], x.w[2], x.w[3]};
+}
+
 DEV void store_shared(uint32_t address, const Words& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]),
                "r"(x.w[3])
@@ -113,6 +121,15 @@ DEV void store_shared(uint32_t address, float x) {
 DEV float load_shared(uint32_t address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+
+DEV Words load_shared_words(uint32_t address) {
+  Words x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
+               : "r"(address)
+               : "memory");
   return x;
 }
 

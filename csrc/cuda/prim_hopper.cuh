@@ -237,14 +237,29 @@ DEV void multiply_async(float (&c)[count], const uint32_t (&a)[4], uint64_t b, b
 #undef PRODUCT_R
 #undef BOTH_TYPES
 
-// Between other uses of the registers of products and the first of these.
-DEV void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// The compiler takes sums for made when a product is begun: here it must have done, or not begun, all it does to them.
+DEV void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+DEV void pin(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+template <class T, int count>
+DEV void pin(T (&x)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) pin(x[i]);
+}
+
+// Between other uses of the registers of products, which are named here, and the first of these.
+template <class... Registers>
+DEV void products_fence(Registers&... registers) {
+  (pin(registers), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
 DEV void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until at most `pending` groups are under way.
-template <int pending>
-DEV void products_wait() {
+// Until at most `pending` groups are under way; names the registers of those that were.
+template <int pending, class... Registers>
+DEV void products_wait(Registers&... registers) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+  (pin(registers), ...);
 }
 
 }  // namespace prim

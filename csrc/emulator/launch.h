@@ -61,7 +61,7 @@ inline void run_block(int64_t block, int threads, size_t shared_bytes) {
 inline const char* run(void (*kernel)(const void*), const void* params, int64_t blocks, int threads,
                        size_t shared_bytes, bool racing, uint32_t seed) {
   Machine& m = machine;
-  m.kernel = kernel, m.params = params, m.racing = racing, m.random = seed * 2654435761u + 1;
+  m.kernel = kernel, m.params = params, m.blocks = blocks, m.racing = racing, m.random = seed * 2654435761u + 1;
   m.error.clear();
   if (threads > 32 * kWarps) m.error = "a block has at most " + std::to_string(32 * kWarps) + " threads here";
   for (int64_t i = 0; i < blocks && m.error.empty(); ++i) run_block(racing ? blocks - 1 - i : i, threads, shared_bytes);

@@ -71,7 +71,7 @@ struct Word {
 struct Machine {
   bool racing = false, scheduling = false;
   uint32_t random = 1;
-  int64_t block = 0;
+  int64_t block = 0, blocks = 0;
   int threads = 0, live = 0, at_barrier = 0;
   std::vector<unsigned char> shared;
   std::vector<Word> words;
@@ -243,8 +243,7 @@ inline void barrier() {
     if (fiber.state == State::waiting && !fiber.until) fiber.state = State::ready;
 }
 
-// ---- copies
-// -----------------------------------------------------------------------------------------------------------
+// ---- copies ---------------------------------------------------------------------------------------------------------
 
 inline void land(const Copy& copy) {
   unsigned char* to = shared_at(copy.to, copy.size, copy.size);

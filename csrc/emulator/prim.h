@@ -7,19 +7,25 @@
 #include "launch.h"
 
 #define DEV inline
-#define KERNEL(name)                                                                   \
+#define KERNEL(name) KERNEL_OF(name, Params)
+#define KERNEL_OF(name, Params)                                                        \
   void name(const Params& p);                                                          \
   static void emulated_kernel(const void* p) { name(*static_cast<const Params*>(p)); } \
+  using EmulatedParams = Params;                                                       \
   void name(const Params& p)
 
 namespace prim {
 
 DEV int thread() { return emulator::machine.current->thread; }
 DEV int block() { return static_cast<int>(emulator::machine.block); }
+DEV int grid() { return static_cast<int>(emulator::machine.blocks); }
 DEV int fresh(int x) { return x; }
 DEV uint32_t shared_base() { return 0; }
 
 DEV void sync() { emulator::barrier(); }
+DEV void sync_warp() {
+  emulator::meet("sync_warp", nullptr, nullptr, [](emulator::Fiber*) {});
+}
 
 DEV float shuffle_xor(float value, int mask) {
   float result;
@@ -95,6 +101,19 @@ DEV float load_shared(uint32_t address) {
   float x;
   memcpy(&x, from, 4);
   return x;
+}
+
+DEV Words load_shared_words(uint32_t address) {
+  const unsigned char* from = emulator::shared_at(address, 16, 16);
+  emulator::watch_read(address, 16);
+  Words x;
+  memcpy(&x, from, 16);
+  return x;
+}
+
+DEV void store_global(void* address, const Words& x) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) emulator::fail("16 bytes are stored where they are not aligned");
+  memcpy(address, &x, 16);
 }
 
 DEV void copy_async(uint32_t to, const void* from, int bytes) { emulator::copy({to, from, 16, bytes}); }
@@ -212,10 +231,13 @@ template <bool b_mn_major, int count>
 void multiply_async(float (&c)[count], const uint32_t (&a)[4], uint64_t b, bool accumulate, bool bf16) {
   emulator::multiply_async({c, count, a, 0, b, b_mn_major, accumulate, bf16});
 }
-DEV void products_fence() { emulator::products_fence(); }
+template <class... Registers>
+void products_fence(Registers&...) {
+  emulator::products_fence();
+}
 DEV void products_commit() { emulator::products_commit(); }
-template <int pending>
-void products_wait() {
+template <int pending, class... Registers>
+void products_wait(Registers&...) {
   emulator::products_wait(pending);
 }
 

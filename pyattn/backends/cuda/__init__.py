@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pyattn.backends.cuda import launch
-from pyattn.backends.cuda.kernels import Kernel, combine_kernel, kernel_of, preprocess_kernel, unordered
-from pyattn.backends.cuda.launch import Addresses, Launch, arch_of, pack_numbers, run, unavailable
+from pyattn.backends.cuda.kernels import Kernel, combine_kernel, hopper_kernel, kernel_of, preprocess_kernel, unordered
+from pyattn.backends.cuda.launch import Addresses, Launch, Map, arch_of, pack_numbers, run, unavailable
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, empty_output, lse_shape, sink_gradient
 
 __all__ = [
@@ -35,6 +35,7 @@ MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**30  # rows and keys are counted in 32 bits, with room for an offset
 DECODE_ROWS = 64  # query heads times queries of a key head, up to which keys are split
 SPLIT = 512  # keys of a part: bits depend neither on the batch nor on the GPU
+L2_BYTES = 32 * 2**20  # of the cache of a Hopper GPU, what keys and values may take
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _LOG2E = math.log2(math.e)
 _UNLIMITED = 2**62
@@ -207,6 +208,56 @@ def _aligned(*addresses: int) -> bool:
 # ---- forward -------------------------------------------------------------------------------------------------
 
 
+def not_for_hopper(problem: Problem, macros: dict[str, int]) -> list[str]:
+    """Why the forward for sm_90a does not compute a call with many queries; then the one for sm_80 does."""
+    reasons = []
+    if (arch := arch_of(problem.query.device)) != "sm_90a":
+        reasons.append(f"needs sm_90a, this GPU is {arch}")
+    if not macros["ALIGNED"]:
+        reasons.append("needs rows that begin at multiples of 16 bytes")
+    if macros["PAGE_SIZE"]:
+        reasons.append("knows no pages")
+    if macros["DROPOUT"]:
+        reasons.append("knows no dropout")
+    if not math.prod(problem.key.shape):
+        reasons.append("needs at least one key")
+    return reasons
+
+
+def _map(name: str, meta: TensorMeta, rows: int) -> Map:
+    """Of ``[B, H, L, D]``, or of packed ``[total, H, D]``."""
+    (b, h, row), (D, H, L) = meta.stride[:3], (meta.shape[-1], meta.shape[1], meta.shape[-2])
+    sizes, strides = (meta.shape[0], H, L, D), (b, h, row, 1)
+    if len(meta.shape) == 3:
+        sizes, strides = (1, H, meta.shape[0], D), (0, h, b, 1)
+    # Where a size is 1 a stride leads nowhere, and may be anything.
+    steps = tuple(2 * step if size > 1 else 16 for size, step in zip(sizes[:-1], strides[:-1], strict=True))
+    return Map(name, 1 if meta.dtype == torch.bfloat16 else 2, sizes, (*steps, 2), (1, 1, rows, 64))
+
+
+def _heads_together(problem: Problem) -> int:
+    """As many query heads as have keys and values that fit the L2 cache, if that divides them evenly."""
+    query, key, value = problem.query, problem.key, problem.value
+    length = key.shape[0] if problem.packed else key.shape[2]
+    in_cache = max(L2_BYTES // (2 * length * (key.shape[-1] + value.shape[-1])), 1) * (query.shape[1] // key.shape[1])
+    return max(n for n in range(1, query.shape[1] + 1) if query.shape[1] % n == 0 and n <= in_cache)
+
+
+def _hopper_launch(problem: Problem, macros: dict[str, int], numbers: dict[str, Any]) -> Launch:
+    spec, query, key = problem.spec, problem.query, problem.key
+    kernel = hopper_kernel((query.shape[-1], problem.value.shape[-1]), macros)
+    numbers |= _slots(query, problem.meta("cu_seqlens_q"), 1, kernel.tiles.BLOCK_M)
+    items = numbers["slots"] * query.shape[1]
+    numbers |= {"items": items, "heads_together": _heads_together(problem)}
+    # A block for each multiprocessor begins the next tile while it ends the last; where tiles take different times,
+    # the GPU hands them out better, longest first.
+    alike = spec.window_left is None and spec.window_right is None and not problem.packed
+    blocks = min(items, launch.gpu.multiprocessors(query.device)) if alike else items
+    boxes = (("query", query, kernel.tiles.BLOCK_M), ("key", key, kernel.tiles.BLOCK_N))
+    maps = [_map(*box) for box in (*boxes, ("value", problem.value, kernel.tiles.BLOCK_N))]
+    return Launch(kernel, blocks, pack_numbers(numbers), tuple(maps))
+
+
 class ForwardPlan(NamedTuple):
     """One kind of call: all but its addresses."""
 
@@ -223,6 +274,8 @@ def forward_plan(problem: Problem, out_stride: tuple[int, ...], aligned: bool) -
     rows = _decode_rows(spec, query, key, problem.packed)
     num_splits = 1
     if rows is None:
+        if not not_for_hopper(problem, macros):
+            return ForwardPlan((_hopper_launch(problem, macros, numbers),), 1)
         kind = "forward"
     else:
         kind = "decode" if rows <= 16 else "tall decode"

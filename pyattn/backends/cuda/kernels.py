@@ -77,6 +77,12 @@ TILES = {
     "dq, other": (Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4)),
     "dmask, other": (Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4), Tiles(64, 16, 4)),
 }
+# The forward for Hopper: 64 rows of each consumer, and four warps more.
+HOPPER_TILES = {
+    "forward": (Tiles(192, 128, 16), Tiles(128, 176, 12), Tiles(128, 176, 12), Tiles(128, 96, 12), Tiles(128, 80, 12)),
+    "forward, other": (Tiles(128, 128, 12),) * 3 + (Tiles(128, 64, 12),) * 2,
+}
+HOPPER_STAGES = 2
 # Shared memory of a block, in bytes; every kernel fits the least but those that are UNORDERED.
 LEAST_SHARED_BYTES = 99 * 1024
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_87": 163 * 1024} | dict.fromkeys(("sm_90a", "sm_100a", "sm_103a"), 227 * 1024)
@@ -105,6 +111,18 @@ def _kernel_with(tiles_of: str, op: str, head_dims: tuple[int, int], macros: dic
         "dq": ("attention_bwd_dq", rows + terms + 2 * keys),
         "dmask": ("attention_bwd_dmask", rows + terms + keys),
     }.get(op, ("attention_fwd", 2 * tiles.BLOCK_M * D + max(keys, merged)))
+    return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
+
+
+def hopper_kernel(head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
+    """The forward on sm_90a, for D and Dv."""
+    other = any(macros[name] for name in ("MASK", "ALIBI", "SOFTCAP", "NEGATIVE"))
+    D, Dv = map(_columns, head_dims)
+    tiles = HOPPER_TILES["forward, other" if other else "forward"][_COLUMNS.index(max(D, Dv))]
+    panels, v_panels = -(-D // 64), -(-Dv // 64)  # of 64 columns, 128 bytes a row
+    rows = tiles.BLOCK_M * max(panels, v_panels) + HOPPER_STAGES * tiles.BLOCK_N * (panels + v_panels)
+    shared = 128 * rows + 8 * (3 + 4 * HOPPER_STAGES)  # and barriers
+    name = "attention_fwd_hopper"
     return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
 
 

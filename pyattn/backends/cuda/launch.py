@@ -52,6 +52,9 @@ class Gpu:
     def arch(self, device: torch.device) -> str:
         return arch_name(*torch.cuda.get_device_capability(device))
 
+    def multiprocessors(self, device: torch.device) -> int:
+        return torch.cuda.get_device_properties(device).multi_processor_count
+
     def cubin(self, file: str, defines: jit.Defines, arch: str) -> bytes:
         return jit.cubin(file, defines, arch)
 
@@ -135,16 +138,35 @@ def pack_numbers(values: dict[str, float]) -> bytes:
     return packed + bytes(-len(packed) % 8)  # as a struct with fields of 8 bytes ends
 
 
+class Map(NamedTuple):
+    """A tensor as TMA sees it, in four dimensions; the sizes of its boxes."""
+
+    name: str  # of its address
+    dtype: int  # the code of csrc/params.h
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]  # in bytes
+    box: tuple[int, ...]
+
+    def encode(self, addresses: Addresses) -> bytes:
+        _, dtype, sizes, strides, box = self
+        address = getattr(addresses, self.name)
+        return _native.tensor_map(dtype=dtype, address=address, sizes=sizes, strides=strides, box=box)
+
+
 class Launch(NamedTuple):
     """A kernel, and all that it is called with but addresses."""
 
     kernel: Kernel
     blocks: int
     numbers: bytes
+    maps: tuple[Map, ...] = ()
 
     def run(self, addresses: Addresses, device: torch.device) -> None:
         if self.blocks:
             params = _pack_addresses(*addresses) + self.numbers
+            if self.maps:
+                params = b"".join(x.encode(addresses) for x in self.maps) + params
+                params += bytes(-len(params) % 64)
             loaded(self.kernel, device).launch(self.blocks, gpu.stream(device), params)
 
 
