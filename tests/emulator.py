@@ -148,7 +148,7 @@ class Emulator(launch.Gpu):
         return 3  # fewer than there are tiles
 
     def cubin(self, file: str, defines: jit.Defines, arch: str) -> bytes:
-        (name,) = re.findall(r"^KERNEL(?:_OF)?\((\w+)", (self.sources / file).read_text(), re.MULTILINE)
+        (name,) = re.findall(r"^KERNEL(?:_ALONE)?\((\w+)", (self.sources / file).read_text(), re.MULTILINE)
         path = library(file, name, defines, self.sources)
         return "\n".join([str(path), *(f"{flag} {defines[flag]}" for flag in FLAGS)]).encode()
 

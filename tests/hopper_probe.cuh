@@ -89,7 +89,7 @@ DEV void consume(const Params& p, const Shared& s, int group) {
   }
 }
 
-KERNEL(hopper_probe) {
+KERNEL_ALONE(hopper_probe, Params) {
   const Shared s;
   if (prim::thread() == 0) {
     prim::barrier_init(s.ready(), 1);

@@ -183,7 +183,7 @@ KERNEL(attention_bwd_dkdv) {
           const int row = first_row + fragment_col(n, e % 2), k = warp_key + fragment_row(m, e);
           Score score = score_of(p, s, weight.x[m][n][e], row, k, first_key, i_h, slope);
           if (needs_mask) {
-            const KeyRange range = s.key_range(row);
+            const Range range = s.key_range(row);
             if (k < range.lo || k >= range.hi) score.value = -INFINITY;
           }
           const Gradient g = gradient_of(p, score, unit, grad.x[m][n][e], lse[e % 2], delta[e % 2], kept(n % 2, e));

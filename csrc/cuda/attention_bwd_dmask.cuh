@@ -72,7 +72,7 @@ KERNEL(attention_bwd_dmask) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int r = warp_row + fragment_row(m, 2 * half), row = first_row + r;
-              const KeyRange range = s.key_range(row);
+              const Range range = s.key_range(row);
               const float lse = terms.lse(r), delta = terms.delta(r);
               uint32_t kept = 0;
 #pragma unroll

@@ -87,7 +87,7 @@ KERNEL(attention_bwd_dq) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = first_row + warp_row + fragment_row(m, 2 * half);
-        const KeyRange range = s.key_range(row);
+        const Range range = s.key_range(row);
         uint32_t kept = 0;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {

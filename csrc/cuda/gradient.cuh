@@ -14,6 +14,9 @@ struct QueryRows {
   DEV int64_t operator()(int i) const { return i < s.Lq ? begin + i * stride : -1; }
 };
 
+// lse times log2(e); that of a row without keys is inf, so its weights are 0.
+DEV float lse_term(float lse) { return lse == -INFINITY ? INFINITY : lse * LOG2E; }
+
 // lse and delta of BLOCK_M rows in shared memory; 0 past the last row, where query and grad_out are 0, too.
 struct RowTerms {
   static constexpr int BYTES = 2 * BLOCK_M * 4;
@@ -28,11 +31,7 @@ struct RowTerms {
     }
   }
 
-  // lse times log2(e); that of a row without keys is inf, so its weights are 0.
-  DEV float lse(int i) const {
-    const float x = prim::load_shared(base + i * 4);
-    return x == -INFINITY ? INFINITY : x * LOG2E;
-  }
+  DEV float lse(int i) const { return lse_term(prim::load_shared(base + i * 4)); }
   DEV float delta(int i) const { return prim::load_shared(base + (BLOCK_M + i) * 4); }
 };
 
@@ -42,12 +41,14 @@ struct Gradient {
   float product;  // of the product of query and key, but for the scale
 };
 
+// exp2(x) of a score less its row's lse. Where that is so large that its rounding counts, a weight must not come out
+// beyond 1; NaN stays.
+DEV float weight_of(float x) { return prim::exp2(x > 0 ? 0 : x); }
+
 // p = exp(s - lse), ds = p (dp - delta), from the products query * key and grad_out * value.
 DEV Gradient gradient_of(const Params& p, const Score& score, float unit, float grad, float lse, float delta,
                          bool kept) {
-  // Where lse is so large that its rounding counts, a weight must not come out beyond 1; NaN stays.
-  const float x = score.value * unit - lse;
-  const float weight = prim::exp2(x > 0 ? 0 : x);
+  const float weight = weight_of(score.value * unit - lse);
   if (DROPOUT) grad = kept ? grad * p.keep_scale : 0;
   const float biased = weight * (grad - delta);
   return {DROPOUT && !kept ? 0 : weight, biased, biased * score.derivative};

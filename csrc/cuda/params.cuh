@@ -80,6 +80,7 @@ struct Params {
   int32_t slots;
   int32_t items;           // tiles of rows, of all heads, where a block has more than one
   int32_t heads_together;  // of which tiles come before those of other heads
+  int32_t chunk;           // items that a block takes at a time: 1 or 2
   int32_t num_splits;      // parts of the keys, of `split` keys each
   int32_t split;
   int32_t num_pages;

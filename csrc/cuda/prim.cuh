@@ -18,9 +18,7 @@ typedef long long int64_t;
 typedef unsigned long long uint64_t;
 
 #define DEV __device__ __forceinline__
-#define KERNEL(name) KERNEL_OF(name, Params)
-#define KERNEL_OF(name, Params) \
-  extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Params p)
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Params p)
 #define INFINITY __int_as_float(0x7f800000)
 
 namespace prim {
@@ -122,6 +120,10 @@ DEV float load_shared(uint32_t address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
   return x;
+}
+
+DEV void load_shared(uint32_t address, float (&x)[2]) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(address) : "memory");
 }
 
 DEV Words load_shared_words(uint32_t address) {

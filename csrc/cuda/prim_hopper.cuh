@@ -16,6 +16,11 @@ DEV uint64_t operand(uint32_t address, uint32_t leading, uint32_t stride) {
 }  // namespace prim
 
 #ifdef __CUDACC_RTC__
+
+// A kernel that is alone on a multiprocessor: its warpgroups may give and take registers.
+#define KERNEL_ALONE(name, Params) \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1) name(const __grid_constant__ Params p)
+
 namespace prim {
 
 // ---- copies in bulk, and barriers that count bytes ---------------------------------------------------
@@ -137,7 +142,11 @@ DEV void give_registers() {
 
 template <bool b_mn_major, int count>
 DEV void multiply_async(float (&c)[count], uint64_t a, uint64_t b, bool accumulate, bool bf16) {
-  if constexpr (count == 32) {
+  if constexpr (count == 16) {
+    BOTH_TYPES(PRODUCT, 32, SUMS_0 SUMS_1, (EIGHT(0), EIGHT(8)), 16, 17, 18, 19);
+  } else if constexpr (count == 24) {
+    BOTH_TYPES(PRODUCT, 48, SUMS_0 SUMS_1 SUMS_2, (EIGHT(0), EIGHT(8), EIGHT(16)), 24, 25, 26, 27);
+  } else if constexpr (count == 32) {
     BOTH_TYPES(PRODUCT, 64, SUMS_0 SUMS_1 SUMS_2 SUMS_3, (EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24)), 32, 33, 34, 35);
   } else if constexpr (count == 40) {
     BOTH_TYPES(PRODUCT, 80, SUMS_0 SUMS_1 SUMS_2 SUMS_3 SUMS_4, (EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32)),

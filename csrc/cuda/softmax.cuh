@@ -51,7 +51,7 @@ DEV void finish_scores(Fragment<MT, NT>& scores, const Params& p, const Sample& 
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const KeyRange range = s.key_range(rows.row[m][half]);
+      const Range range = s.key_range(rows.row[m][half]);
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll

@@ -76,7 +76,7 @@ DEV Place tile_of(const Params& p, int slot, const int32_t* cu_seqlens, int tota
   return {low, int(larger<int64_t>(slot - first_slot(cu_seqlens, low, total, rows, block), 0))};
 }
 
-struct KeyRange {
+struct Range {
   int lo, hi;
 };
 
@@ -109,7 +109,13 @@ struct Sample {
   }
 
   // The half-open interval of keys that a row may see: the twin of `key_range` in pyattn/reference.py.
-  DEV KeyRange key_range(int row) const { return {larger(start, row + first), smaller(length, row + last)}; }
+  DEV Range key_range(int row) const { return {larger(start, row + first), smaller(length, row + last)}; }
+
+  // The inverse: the rows that may see a key, as far as there are any.
+  DEV Range row_range(int key) const {
+    if (key < start || key >= length) return {0, 0};
+    return {key - last + 1, key - first + 1};
+  }
 };
 
 // Tiles begin at multiples of their size: those of keys that rows `first_row` to `last_row` see begin in [begin, end).
@@ -121,7 +127,7 @@ struct Tiles {
 };
 
 DEV Tiles key_tiles(const Sample& s, int first_row, int last_row) {
-  const KeyRange first = s.key_range(first_row), last = s.key_range(last_row);
+  const Range first = s.key_range(first_row), last = s.key_range(last_row);
   return {larger(first.lo, 0) / BLOCK_N * BLOCK_N, last.lo, first.hi, last.hi};
 }
 

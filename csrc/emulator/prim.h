@@ -7,8 +7,8 @@
 #include "launch.h"
 
 #define DEV inline
-#define KERNEL(name) KERNEL_OF(name, Params)
-#define KERNEL_OF(name, Params)                                                        \
+#define KERNEL(name) KERNEL_ALONE(name, Params)
+#define KERNEL_ALONE(name, Params)                                                     \
   void name(const Params& p);                                                          \
   static void emulated_kernel(const void* p) { name(*static_cast<const Params*>(p)); } \
   using EmulatedParams = Params;                                                       \
@@ -101,6 +101,12 @@ DEV float load_shared(uint32_t address) {
   float x;
   memcpy(&x, from, 4);
   return x;
+}
+
+DEV void load_shared(uint32_t address, float (&x)[2]) {
+  const unsigned char* from = emulator::shared_at(address, 8, 8);
+  emulator::watch_read(address, 8);
+  memcpy(x, from, 8);
 }
 
 DEV Words load_shared_words(uint32_t address) {

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyattn.backends.cuda import launch
-from pyattn.backends.cuda.kernels import Kernel, combine_kernel, hopper_kernel, kernel_of, preprocess_kernel, unordered
+from pyattn.backends.cuda.kernels import Kernel, columns_of, combine_kernel, hopper_kernel, kernel_of, preprocess_kernel, unordered
 from pyattn.backends.cuda.launch import Addresses, Launch, Map, arch_of, pack_numbers, run, unavailable
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, empty_output, lse_shape, sink_gradient
 
@@ -235,26 +235,29 @@ def _map(name: str, meta: TensorMeta, rows: int) -> Map:
     return Map(name, 1 if meta.dtype == torch.bfloat16 else 2, sizes, (*steps, 2), (1, 1, rows, 64))
 
 
-def _heads_together(problem: Problem) -> int:
-    """As many query heads as have keys and values that fit the L2 cache, if that divides them evenly."""
-    query, key, value = problem.query, problem.key, problem.value
-    length = key.shape[0] if problem.packed else key.shape[2]
-    in_cache = max(L2_BYTES // (2 * length * (key.shape[-1] + value.shape[-1])), 1) * (query.shape[1] // key.shape[1])
-    return max(n for n in range(1, query.shape[1] + 1) if query.shape[1] % n == 0 and n <= in_cache)
-
-
-def _hopper_launch(problem: Problem, macros: dict[str, int], numbers: dict[str, Any]) -> Launch:
-    spec, query, key = problem.spec, problem.query, problem.key
-    kernel = hopper_kernel((query.shape[-1], problem.value.shape[-1]), macros)
-    numbers |= _slots(query, problem.meta("cu_seqlens_q"), 1, kernel.tiles.BLOCK_M)
-    items = numbers["slots"] * query.shape[1]
-    numbers |= {"items": items, "heads_together": _heads_together(problem)}
-    # A block for each multiprocessor begins the next tile while it ends the last; where tiles take different times,
-    # the GPU hands them out better, longest first.
-    alike = spec.window_left is None and spec.window_right is None and not problem.packed
-    blocks = min(items, launch.gpu.multiprocessors(query.device)) if alike else items
-    boxes = (("query", query, kernel.tiles.BLOCK_M), ("key", key, kernel.tiles.BLOCK_N))
-    maps = [_map(*box) for box in (*boxes, ("value", problem.value, kernel.tiles.BLOCK_N))]
+def _hopper_launch(
+    op: str, problem: Problem, macros: dict[str, int], numbers: dict[str, Any], grad_out: TensorMeta | None = None
+) -> Launch:
+    """A kernel of hopper.cuh; ``numbers`` less what depends on its tiles."""
+    spec, query, key, value = problem.spec, problem.query, problem.key, problem.value
+    kernel = hopper_kernel(op, (query.shape[-1], value.shape[-1]), macros)
+    rows, of_keys = (kernel.tiles.BLOCK_M, kernel.tiles.BLOCK_N), op == "dkdv"
+    tiled, other = (key, query) if of_keys else (query, key)  # of which blocks have tiles, and over which they go
+    slots = _slots(tiled, problem.meta("cu_seqlens_k" if of_keys else "cu_seqlens_q"), 1, rows[of_keys])
+    # So many heads as share what fits the L2 cache.
+    heads, length = tiled.shape[1], other.shape[0] if problem.packed else other.shape[2]
+    shared = 2 * length * (query.shape[-1] + value.shape[-1]) * other.shape[1] / heads
+    together = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * shared <= L2_BYTES))
+    # A block for each multiprocessor begins the next tile while it ends the last. Tiles under a causal mask take equally
+    # long in pairs, the longest with the shortest; others that differ are handed out by the GPU.
+    chunk = 2 if spec.window_left is None and spec.window_right is not None else 1
+    alike = not (problem.packed or problem.has("kv_lengths") or problem.has("kv_starts"))
+    items = -(-slots["slots"] // chunk) * chunk * heads
+    blocks = min(items // chunk, launch.gpu.multiprocessors(query.device)) if alike else items // chunk
+    numbers = numbers | slots | {"items": items, "heads_together": together, "chunk": chunk}
+    maps = [_map("query", query, rows[0]), _map("key", key, rows[1]), _map("value", value, rows[1])]
+    if grad_out is not None:
+        maps.append(_map("grad_out", grad_out, rows[0]))
     return Launch(kernel, blocks, pack_numbers(numbers), tuple(maps))
 
 
@@ -275,7 +278,7 @@ def forward_plan(problem: Problem, out_stride: tuple[int, ...], aligned: bool) -
     num_splits = 1
     if rows is None:
         if not not_for_hopper(problem, macros):
-            return ForwardPlan((_hopper_launch(problem, macros, numbers),), 1)
+            return ForwardPlan((_hopper_launch("forward", problem, macros, numbers),), 1)
         kind = "forward"
     else:
         kind = "decode" if rows <= 16 else "tall decode"
@@ -314,6 +317,28 @@ def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
 # ---- backward ------------------------------------------------------------------------------------------------
 
 
+def _split_launches(
+    problem: Problem, macros: dict[str, int], ordered: bool, start: Callable[[Kernel, int, dict[str, int]], Launch]
+) -> list[Launch]:
+    """The kernels for sm_80 that find the gradients of query, key and value."""
+    query, key = problem.query, problem.key
+    head_dims = (query.shape[-1], problem.value.shape[-1])
+    launches = []
+    dkdv = kernel_of("dkdv", head_dims, macros)
+    both = None if ordered else unordered(dkdv, head_dims, macros, arch_of(query.device))
+    dkdv = both or dkdv
+    slots = _slots(key, problem.meta("cu_seqlens_k"), 1, dkdv.tiles.BLOCK_N)
+    if max(dkdv.BLOCK_D, dkdv.BLOCK_DV) > 192:  # the sums of both do not fit a thread's registers
+        launches.append(start(dkdv._replace(GRADIENTS=1, UNORDERED=0), slots["slots"] * key.shape[1], slots))
+        dkdv = dkdv._replace(GRADIENTS=2)
+    launches.append(start(dkdv, slots["slots"] * key.shape[1], slots))
+    if both is None:
+        dq = kernel_of("dq", head_dims, macros)
+        slots = _slots(query, problem.meta("cu_seqlens_q"), 1, dq.tiles.BLOCK_M)
+        launches.append(start(dq, slots["slots"] * query.shape[1], slots))
+    return launches
+
+
 @functools.lru_cache(maxsize=4096)
 def backward_plan(
     problem: Problem,
@@ -333,18 +358,16 @@ def backward_plan(
         return Launch(kernel, blocks, pack_numbers(numbers | more))
 
     launches = [start(preprocess_kernel(macros["BF16"]), -(-numbers["num_rows"] // 4), {"Lq": lse_shape(query)[-1]})]
-    dkdv = kernel_of("dkdv", head_dims, macros)
-    both = None if ordered else unordered(dkdv, head_dims, macros, arch_of(query.device))
-    dkdv = both or dkdv
-    slots = _slots(key, problem.meta("cu_seqlens_k"), 1, dkdv.tiles.BLOCK_N)
-    if max(dkdv.BLOCK_D, dkdv.BLOCK_DV) > 192:  # the sums of both do not fit a thread's registers
-        launches.append(start(dkdv._replace(GRADIENTS=1, UNORDERED=0), slots["slots"] * key.shape[1], slots))
-        dkdv = dkdv._replace(GRADIENTS=2)
-    launches.append(start(dkdv, slots["slots"] * key.shape[1], slots))
-    if both is None:
-        dq = kernel_of("dq", head_dims, macros)
-        slots = _slots(query, problem.meta("cu_seqlens_q"), 1, dq.tiles.BLOCK_M)
-        launches.append(start(dq, slots["slots"] * query.shape[1], slots))
+    if not not_for_hopper(problem, macros):
+        grad_out = query._replace(shape=(*query.shape[:-1], head_dims[1]), stride=strides[1])
+        kinds = [("dkdv", 3), ("dq", 3)]
+        if sum(columns_of(head_dims)) > 256:  # as below
+            kinds[:1] = [("dkdv", 1), ("dkdv", 2)]
+        launches += [
+            _hopper_launch(op, problem, macros | {"GRADIENTS": gradients}, numbers, grad_out) for op, gradients in kinds
+        ]
+    else:
+        launches += _split_launches(problem, macros, ordered, start)
     if mask_sizes is not None:
         dmask = kernel_of("dmask", head_dims, macros)
         B, H, Lq, Lk = mask_sizes

@@ -77,30 +77,39 @@ TILES = {
     "dq, other": (Tiles(64, 64, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4)),
     "dmask, other": (Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4), Tiles(64, 16, 4)),
 }
-# The forward for Hopper: 64 rows of each consumer, and four warps more.
+# The same on Hopper, for the kernels of hopper.cuh: a consumer of four warps has 64 rows, or keys, and there are four
+# warps more.
 HOPPER_TILES = {
-    "forward": (Tiles(192, 128, 16), Tiles(128, 176, 12), Tiles(128, 176, 12), Tiles(128, 96, 12), Tiles(128, 80, 12)),
+    "forward": (Tiles(192, 128, 16), Tiles(192, 96, 16), Tiles(128, 176, 12), Tiles(128, 112, 12), Tiles(128, 80, 12)),
     "forward, other": (Tiles(128, 128, 12),) * 3 + (Tiles(128, 64, 12),) * 2,
+    "dkdv": (Tiles(96, 128, 12), Tiles(64, 128, 12), Tiles(64, 128, 12), Tiles(48, 128, 12), Tiles(32, 128, 12)),
+    "dkdv, other": (Tiles(32, 128, 12),) * 5,
+    "dq": (Tiles(128, 128, 12), Tiles(128, 96, 12), Tiles(128, 96, 12), Tiles(128, 64, 12), Tiles(128, 32, 12)),
+    "dq, other": (Tiles(128, 64, 12),) * 4 + (Tiles(128, 32, 12),),
 }
-HOPPER_STAGES = 2
 # Shared memory of a block, in bytes; every kernel fits the least but those that are UNORDERED.
 LEAST_SHARED_BYTES = 99 * 1024
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_87": 163 * 1024} | dict.fromkeys(("sm_90a", "sm_100a", "sm_103a"), 227 * 1024)
 _BY_ROW = Tiles(1, 1, 4)  # four warps, and no tiles
 
 
-def _columns(head_dim: int) -> int:
-    return next(columns for columns in _COLUMNS if columns >= head_dim)
+def columns_of(head_dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the tiles."""
+    return tuple(next(columns for columns in _COLUMNS if columns >= head_dim) for head_dim in head_dims)
+
+
+def _table(op: str, macros: dict[str, int]) -> str:
+    other = any(macros[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE", "PAGE_SIZE"))
+    return f"{op}, other" if other else op
 
 
 def kernel_of(op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
     """The kernel of ``op``, for D and Dv."""
-    other = any(macros[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT", "NEGATIVE", "PAGE_SIZE"))
-    return _kernel_with(f"{op}, other" if other else op, op, head_dims, macros)
+    return _kernel_with(_table(op, macros), op, head_dims, macros)
 
 
 def _kernel_with(tiles_of: str, op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
-    D, Dv = map(_columns, head_dims)
+    D, Dv = columns_of(head_dims)
     tiles = TILES[tiles_of][_COLUMNS.index(max(D, Dv))]
     rows, keys = (2 * block * (D + Dv) for block in tiles[:2])  # bytes of query and grad_out, and of key and value
     terms = 8 * tiles.BLOCK_M  # of lse and delta
@@ -114,15 +123,21 @@ def _kernel_with(tiles_of: str, op: str, head_dims: tuple[int, int], macros: dic
     return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
 
 
-def hopper_kernel(head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
-    """The forward on sm_90a, for D and Dv."""
-    other = any(macros[name] for name in ("MASK", "ALIBI", "SOFTCAP", "NEGATIVE"))
-    D, Dv = map(_columns, head_dims)
-    tiles = HOPPER_TILES["forward, other" if other else "forward"][_COLUMNS.index(max(D, Dv))]
-    panels, v_panels = -(-D // 64), -(-Dv // 64)  # of 64 columns, 128 bytes a row
-    rows = tiles.BLOCK_M * max(panels, v_panels) + HOPPER_STAGES * tiles.BLOCK_N * (panels + v_panels)
-    shared = 128 * rows + 8 * (3 + 4 * HOPPER_STAGES)  # and barriers
-    name = "attention_fwd_hopper"
+def hopper_kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
+    """The kernel of ``op`` for sm_90a, for D and Dv."""
+    D, Dv = columns_of(head_dims)
+    tiles = HOPPER_TILES[_table(op, macros)][_COLUMNS.index(max(D, Dv))]
+    # Bytes of a tile of so many rows, in panels of 64 columns.
+    query, grad_out = (128 * tiles.BLOCK_M * -(-columns // 64) for columns in (D, Dv))
+    key, value = (128 * tiles.BLOCK_N * -(-columns // 64) for columns in (D, Dv))
+    barriers, limit = 256, SHARED_BYTES["sm_90a"]
+    if op == "forward":
+        name, least, more = "attention_fwd_hopper", max(query, grad_out) + 2 * (key + value), max(query, grad_out)
+    elif op == "dq":
+        name, least, more = "attention_bwd_dq_hopper", query + grad_out + 2 * (key + value), key
+    else:
+        name, least, more = "attention_bwd_dkdv_hopper", key + value + 2 * (query + grad_out + 8 * tiles.BLOCK_M), 0
+    shared = least + more + barriers if least + more + barriers <= limit else least + barriers
     return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
 
 
@@ -137,7 +152,7 @@ def unordered(kernel: Kernel, head_dims: tuple[int, int], macros: dict[str, int]
 
 def combine_kernel(v_head_dim: int, BF16: int) -> Kernel:
     """What adds up the parts of decode."""
-    columns = _columns(v_head_dim)
+    (columns,) = columns_of((v_head_dim,))
     return Kernel("attention_decode.cuh", "attention_combine", 16 * (columns + 1), _BY_ROW, 64, columns, BF16)
 
 
