@@ -24,7 +24,7 @@
 #include "hopper.cuh"
 
 // GRADIENTS: 1 of values, 2 of keys, 3 of both.
-constexpr int MT = BLOCK_M / 8, DT = BLOCK_D / 8, DVT = BLOCK_DV / 8, STAGES = 2;
+constexpr int MT = BLOCK_M / 8, DT = BLOCK_D / 8, DVT = BLOCK_DV / 8;
 using KeyTile = PanelTile<BLOCK_N, BLOCK_D>;
 using ValueTile = PanelTile<BLOCK_N, BLOCK_DV>;
 using QueryTile = PanelTile<BLOCK_M, BLOCK_D>;
@@ -65,6 +65,10 @@ struct Terms {
   }
 };
 
+constexpr int STAGE_BYTES = QueryTile::BYTES + GradTile::BYTES + Terms::BYTES;
+constexpr int KEYS_BYTES = KeyTile::BYTES + ValueTile::BYTES;
+constexpr int STAGES = KEYS_BYTES + 3 * STAGE_BYTES + BARRIERS_BYTES <= SHARED_LIMIT ? 3 : 2;
+
 enum Kind { ROW, KEY };  // a tile of rows, of which there are two, and that of keys
 
 struct Shared {  // where what lies
@@ -91,21 +95,25 @@ struct Shared {  // where what lies
   }
 };
 
-// The tiles of rows that see an item's keys, in one query head after the other.
+// Goes over the tiles of rows that see an item's keys, in one query head of the group after the other.
 struct RowTiles {
-  int first_key, group;
+  int first_key, head, last_head;
   Tiles tiles;
-  int per_head, count;
+  int first_row;
 
   DEV RowTiles(const Params& p, const Item& item)
       : first_key(item.tile * BLOCK_N),
-        group(p.Hq / p.Hkv),
+        head(item.head * (p.Hq / p.Hkv)),
+        last_head(head + p.Hq / p.Hkv),
         tiles(query_tiles(item.s, first_key)),
-        per_head(tiles.begin < tiles.end ? (tiles.end - tiles.begin + BLOCK_M - 1) / BLOCK_M : 0),
-        count(per_head * group) {}
+        first_row(tiles.begin) {}
 
-  DEV int head(const Item& item, int i) const { return item.head * group + i / per_head; }
-  DEV int first_row(int i) const { return tiles.begin + i % per_head * BLOCK_M; }
+  DEV bool any() const { return tiles.begin < tiles.end; }
+  DEV bool next() {  // whether there is one
+    first_row += BLOCK_M;
+    if (first_row >= tiles.end) first_row = tiles.begin, ++head;
+    return head < last_head;
+  }
 };
 
 DEV void produce(const MappedParams& maps, const Shared& shared) {
@@ -116,132 +124,192 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
   Ring<STAGES> at;
   for_items(p, true, [&](const Item& item) {
     const Sample& s = item.s;
-    const RowTiles rows(p, item);
+    RowTiles rows(p, item);
     const int b = packed ? 0 : s.b;
-    int i = 0;
-    // The first rows before the keys, whose place gradients may still need.
+    bool first = true;
     do {
-      if (i < rows.count) {
-        const int head = rows.head(item, i), first_row = rows.first_row(i), last = s.Lq - first_row;
+      if (rows.any()) {
+        const int last = s.Lq - rows.first_row, row = s.first_q + rows.first_row;
         const bool clean = !packed || BLOCK_M <= last;
         const uint32_t full = shared.full(ROW, at.stage);
         prim::barrier_wait(shared.empty(ROW, at.stage), at.parity ^ 1);
-        producer.copy(shared.query(at.stage), maps.query, full, s.first_q + first_row, head, b, clean, 0, last);
-        producer.copy(shared.grad_out(at.stage), maps.grad_out, full, s.first_q + first_row, head, b, clean, 0, last);
-        shared.terms(at.stage).store(p, s, head, first_row);
+        producer.copy(shared.query(at.stage), maps.query, full, row, rows.head, b, clean, 0, last);
+        producer.copy(shared.grad_out(at.stage), maps.grad_out, full, row, rows.head, b, clean, 0, last);
+        shared.terms(at.stage).store(p, s, rows.head, rows.first_row);
         if (lane() == 0) prim::barrier_arrive(full);
         at.next();
       }
-      if (i == 0) {
+      if (first) {  // the first rows before the keys, whose place gradients may still need
         const bool clean = only_keys_in_use(p, s, rows.first_key);
         const int begin = s.start - rows.first_key, end = s.length - rows.first_key, row = s.first_k + rows.first_key;
         prim::barrier_wait(shared.empty(KEY, 0), key_at.parity ^ 1);
         producer.copy(shared.key, maps.key, shared.full(KEY, 0), row, item.head, b, clean, begin, end);
         producer.copy(shared.value, maps.value, shared.full(KEY, 0), row, item.head, b, clean, begin, end);
         key_at.next();
+        first = false;
       }
-    } while (++i < rows.count);
+    } while (rows.any() && rows.next());
   });
 }
 
-// Whether the next scores are begun before the last gradients are there: both take registers.
+#ifndef EXP_TURNS
+#define EXP_TURNS 3
+#endif
+
+// Whether the next scores are begun before the last gradients: both take registers.
 DEV bool early() {
-  return ((GRADIENTS & 2 ? BLOCK_D : 0) + (GRADIENTS & 1 ? BLOCK_DV : 0) + BLOCK_M * 3) / 2 <= 208;
+  return EXP_TURNS == 3 && ((GRADIENTS & 2 ? BLOCK_D : 0) + (GRADIENTS & 1 ? BLOCK_DV : 0) + BLOCK_M * 3) / 2 <= 208;
 }
 
-constexpr int TOGETHER = 1;  // named barriers, one for each consumer
+// What a consumer has of a tile of rows: [keys, rows].
+struct Scores {
+  Fragment<1, MT> weight, grad, derivative;  // the last of the softcap
+  uint32_t weights[MT / 2][4], grads[MT / 2][4];
 
-DEV void consume(const Params& p, const Shared& shared) {
-  const int tile_row = consumer() * 64 + warp_row();
-  const float unit = unit_of(p);
-  Ring<1> key_at;
-  Ring<STAGES> at;
+  DEV void begin(const Shared& shared, int stage) {
+    begin_multiply_rows(weight, shared.key, consumer() * 64, shared.query(stage));
+    if (GRADIENTS & 2) begin_multiply_rows(grad, shared.value, consumer() * 64, shared.grad_out(stage));
+  }
 
-  for_items(p, true, [&](const Item& item) {
-    const Sample& s = item.s;
-    const RowTiles rows(p, item);
-    const int first_key = rows.first_key + tile_row;
-    Fragment<1, DT> grad_key;
-    Fragment<1, DVT> grad_value;
-    Fragment<1, MT> weight, grad, derivative;  // [keys, rows]; the last of the softcap
-    uint32_t weights[MT / 2][4], grads[MT / 2][4];
-    grad_key.fill(0), grad_value.fill(0);
-
-    prim::barrier_wait(shared.full(KEY, 0), key_at.parity);
-    for (int i = 0; i < rows.count; ++i) {
-      prim::barrier_wait(shared.full(ROW, at.stage), at.parity);
-      const QueryTile query = shared.query(at.stage);
-      const GradTile grad_out = shared.grad_out(at.stage);
-      const Terms terms = shared.terms(at.stage);
-      prim::products_fence(weight.x, grad.x, grad_key.x, grad_value.x);
-      begin_multiply_rows(weight, shared.key, consumer() * 64, query);
-      if (GRADIENTS & 2) begin_multiply_rows(grad, shared.value, consumer() * 64, grad_out);
-      // Scores are there, and what was begun for the last rows.
-      if (GRADIENTS & 2)
-        prim::products_wait<1>(weight.x, weights, grads);
-      else
-        prim::products_wait<0>(weight.x, weights);
-      if (i) release(shared.empty(ROW, at.stage ^ 1));
-      const int head = rows.head(item, i), first_row = rows.first_row(i);
-      const float slope = slope_of(p, s.b, head);
-      if (!folds() || MASK) {
+  // Scores become weights.
+  DEV void weigh(const Params& p, const Sample& s, const RowTiles& rows, const Terms& terms, int first_key) {
+    const float slope = slope_of(p, s.b, rows.head), unit = unit_of(p);
+    if (!folds() || MASK) {
+#pragma unroll
+      for (int n = 0; n < MT; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const Score score = score_of(p, s, weight.x[0][n][e], rows.first_row + fragment_col(n, e),
+                                       first_key + fragment_row(0, e), rows.first_key, rows.head, slope);
+          weight.x[0][n][e] = score.value;
+          if (SOFTCAP) derivative.x[0][n][e] = score.derivative;
+        }
+    }
+    if (rows.tiles.needs_mask(rows.first_row, BLOCK_M)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Range range = s.row_range(first_key + fragment_row(0, 2 * half));
 #pragma unroll
         for (int n = 0; n < MT; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const Score score = score_of(p, s, weight.x[0][n][e], first_row + fragment_col(n, e),
-                                         first_key + fragment_row(0, e), rows.first_key, head, slope);
-            weight.x[0][n][e] = score.value;
-            if (SOFTCAP) derivative.x[0][n][e] = score.derivative;
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            const int row = rows.first_row + fragment_col(n, e);
+            if (row < range.lo || row >= range.hi) weight.x[0][n][e] = -INFINITY;
           }
       }
-      if (rows.tiles.needs_mask(first_row, BLOCK_M)) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Range range = s.row_range(first_key + fragment_row(0, 2 * half));
-#pragma unroll
-          for (int n = 0; n < MT; ++n)
-#pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; ++e) {
-              const int row = first_row + fragment_col(n, e);
-              if (row < range.lo || row >= range.hi) weight.x[0][n][e] = -INFINITY;
-            }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < MT; ++n) {
-        const Pair lse = terms.lse(n);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) weight.x[0][n][e] = weight_of(weight.x[0][n][e] * unit - lse.of[e % 2]);
-      }
-      pack(weights, weight);
-      prim::products_fence(weights, grads);
-      if (GRADIENTS & 1) begin_multiply_add(grad_value, weights, grad_out);
-      if (GRADIENTS & 2) {
-        if (GRADIENTS & 1)
-          prim::products_wait<1>(grad.x);
-        else
-          prim::products_wait<0>(grad.x);
-#pragma unroll
-        for (int n = 0; n < MT; ++n) {
-          const Pair delta = terms.delta(n);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            grad.x[0][n][e] = weight.x[0][n][e] * (grad.x[0][n][e] - delta.of[e % 2]);
-            if (SOFTCAP) grad.x[0][n][e] *= derivative.x[0][n][e];
-          }
-        }
-        pack(grads, grad);
-        prim::products_fence(grads);
-        begin_multiply_add(grad_key, grads, query);
-      }
-      if (!early()) prim::products_wait<0>(weights, grads);
-      at.next();
     }
-    prim::products_wait<0>(grad_key.x, grad_value.x);
-    if (rows.count) release(shared.empty(ROW, at.stage ^ 1));
+#pragma unroll
+    for (int n = 0; n < MT; ++n) {
+      const Pair lse = terms.lse(n);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) weight.x[0][n][e] = weight_of(weight.x[0][n][e] * unit - lse.of[e % 2]);
+    }
+  }
 
-    prim::named_sync(TOGETHER + consumer(), 128);  // no product reads these keys and values any more
+  // dP becomes dS.
+  DEV void differentiate(const Terms& terms) {
+#pragma unroll
+    for (int n = 0; n < MT; ++n) {
+      const Pair delta = terms.delta(n);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        grad.x[0][n][e] = weight.x[0][n][e] * (grad.x[0][n][e] - delta.of[e % 2]);
+        if (SOFTCAP) grad.x[0][n][e] *= derivative.x[0][n][e];
+      }
+    }
+  }
+};
+
+DEV void consume(const Params& p, const Shared& shared) {
+  const int tile_row = consumer() * 64 + warp_row();
+  Ring<1> key_at;
+  Ring<STAGES> at, used_at;
+  if (EXP_TURNS) begin_turns();
+
+  for_items(p, true, [&](const Item& item) {
+    const Sample& s = item.s;
+    RowTiles rows(p, item);
+    const int first_key = rows.first_key + tile_row;
+    Fragment<1, DT> grad_key;
+    Fragment<1, DVT> grad_value;
+    Scores scores;
+    grad_key.fill(0), grad_value.fill(0);
+    const auto begin_gradients = [&](int stage) {
+      if (GRADIENTS & 1) begin_multiply_add(grad_value, scores.weights, shared.grad_out(stage));
+      if (GRADIENTS & 2) begin_multiply_add(grad_key, scores.grads, shared.query(stage));
+    };
+
+    prim::barrier_wait(shared.full(KEY, 0), key_at.parity);
+    if (rows.any() && early()) {
+      prim::barrier_wait(shared.full(ROW, at.stage), at.parity);
+      take_turn();
+      prim::products_fence(scores.weight.x, scores.grad.x);
+      scores.begin(shared, at.stage);
+      pass_turn();
+      prim::products_wait<0>(scores.weight.x, scores.grad.x);
+      scores.weigh(p, s, rows, shared.terms(at.stage), first_key);
+      if (GRADIENTS & 2) scores.differentiate(shared.terms(at.stage));
+      pack(scores.weights, scores.weight);
+      pack(scores.grads, scores.grad);
+      at.next();
+      while (rows.next()) {
+        prim::barrier_wait(shared.full(ROW, at.stage), at.parity);
+        take_turn();
+        prim::products_fence(scores.weight.x, scores.grad.x, scores.weights, scores.grads, grad_key.x, grad_value.x);
+        scores.begin(shared, at.stage);
+        begin_gradients(used_at.stage);
+        pass_turn();
+        if (GRADIENTS == 3)
+          prim::products_wait<2>(scores.weight.x, scores.grad.x);
+        else
+          prim::products_wait<1>(scores.weight.x, scores.grad.x);
+        scores.weigh(p, s, rows, shared.terms(at.stage), first_key);
+        if (GRADIENTS & 2) scores.differentiate(shared.terms(at.stage));
+        prim::products_wait<0>(scores.weights, scores.grads, grad_key.x, grad_value.x);
+        release(shared.empty(ROW, used_at.stage));
+        used_at.next(), at.next();
+        pack(scores.weights, scores.weight);
+        pack(scores.grads, scores.grad);
+      }
+      prim::products_fence(scores.weights, scores.grads, grad_key.x, grad_value.x);
+      begin_gradients(used_at.stage);
+      prim::products_wait<0>(grad_key.x, grad_value.x);
+      release(shared.empty(ROW, used_at.stage));
+      used_at.next();
+    } else if (rows.any()) {
+      do {
+        prim::barrier_wait(shared.full(ROW, at.stage), at.parity);
+        const Terms terms = shared.terms(at.stage);
+        if (EXP_TURNS) take_turn();
+        prim::products_fence(scores.weight.x, scores.grad.x, grad_key.x, grad_value.x);
+        scores.begin(shared, at.stage);
+        if (EXP_TURNS == 1 || EXP_TURNS == 3) pass_turn();
+        if (GRADIENTS & 2)
+          prim::products_wait<1>(scores.weight.x);
+        else
+          prim::products_wait<0>(scores.weight.x);
+        scores.weigh(p, s, rows, terms, first_key);
+        pack(scores.weights, scores.weight);
+        prim::products_fence(scores.weights, scores.grads);
+        if (GRADIENTS & 1) begin_multiply_add(grad_value, scores.weights, shared.grad_out(at.stage));
+        if (EXP_TURNS == 2) pass_turn();
+        if (GRADIENTS & 2) {
+          if (GRADIENTS & 1)
+            prim::products_wait<1>(scores.grad.x);
+          else
+            prim::products_wait<0>(scores.grad.x);
+          scores.differentiate(terms);
+          pack(scores.grads, scores.grad);
+          prim::products_fence(scores.grads);
+          begin_multiply_add(grad_key, scores.grads, shared.query(at.stage));
+        }
+        prim::products_wait<0>(scores.weights, scores.grads, grad_key.x, grad_value.x);
+        release(shared.empty(ROW, at.stage));
+        used_at.next(), at.next();
+      } while (rows.next());
+    }
+
+    wait_for_consumer();  // no product reads these keys and values any more
     const int64_t to_key = s.b * p.grad_key_b + item.head * p.grad_key_h + (s.first_k + first_key) * p.grad_key_l;
     const int64_t to_value =
         s.b * p.grad_value_b + item.head * p.grad_value_h + (s.first_k + first_key) * p.grad_value_l;

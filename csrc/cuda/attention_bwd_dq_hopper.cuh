@@ -13,7 +13,7 @@
 //                  room; two of value [BLOCK_N, Dv]
 //
 // S = Q K^T and dP = dO V^T of the next keys are begun before dQ += dS K of the last ones, under which dS is computed;
-// dS never leaves its registers.
+// dS never leaves its registers. Consumers give the tensor cores their products in turns.
 #include "gradient.cuh"
 #include "hopper.cuh"
 
@@ -93,7 +93,6 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
   });
 }
 
-constexpr int TOGETHER = 1;  // named barriers, one for each consumer
 
 DEV void consume(const Params& p, const Shared& shared) {
   const int tile_row = consumer() * 64 + warp_row();
@@ -101,6 +100,7 @@ DEV void consume(const Params& p, const Shared& shared) {
   Ring<1> row_at;
   Ring<KEY_STAGES> key_at, used_at;
   Ring<VALUE_STAGES> value_at;
+  begin_turns();
 
   for_items(p, false, [&](const Item& item) {
     const Sample& s = item.s;
@@ -164,17 +164,21 @@ DEV void consume(const Params& p, const Shared& shared) {
 
     prim::barrier_wait(shared.full(ROW, 0), row_at.parity);
     if (tiles.begin < tiles.end) {
+      take_turn();
       prim::products_fence(scores.x, grad.x);
       begin();
+      pass_turn();
       prim::products_wait<0>(scores.x, grad.x);
       release(shared.empty(VALUE, value_at.stage));
       value_at.next();
       differentiate(tiles.begin);
       pack(packed, grad);
       for (int first_key = tiles.begin + BLOCK_N; first_key < tiles.end; first_key += BLOCK_N) {
+        take_turn();
         prim::products_fence(scores.x, grad.x, packed, grad_query.x);
         begin();
         begin_multiply_add(grad_query, packed, shared.key(used_at.stage));
+        pass_turn();
         prim::products_wait<1>(scores.x, grad.x);
         release(shared.empty(VALUE, value_at.stage));
         value_at.next();
@@ -191,7 +195,7 @@ DEV void consume(const Params& p, const Shared& shared) {
       used_at.next();
     }
 
-    prim::named_sync(TOGETHER + consumer(), 128);  // no product reads these rows of the query any more
+    wait_for_consumer();  // no product reads these rows of the query any more
     const int row = first_row + tile_row;
     const float factors[2] = {p.grad_scale, p.grad_scale};
     shared.query.store(grad_query, factors, tile_row,

@@ -104,17 +104,12 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
   });
 }
 
-constexpr int TURN = 1, TOGETHER = TURN + CONSUMERS;  // named barriers, one of each for each consumer
-
-DEV void take_turn() { prim::named_sync(TURN + consumer(), 256); }
-DEV void pass_turn() { prim::named_arrive(TURN + (consumer() + 1) % CONSUMERS, 256); }
-
 DEV void consume(const Params& p, const Shared& shared) {
   const int tile_row = consumer() * 64 + warp_row();
   const float unit = unit_of(p);
   Ring<STAGES> key_at, value_at;
   Ring<QUERY_STAGES> query_at;
-  if (consumer() == CONSUMERS - 1) pass_turn();
+  begin_turns();
 
   for_items(p, false, [&](const Item& item) {
     const Sample& s = item.s;
@@ -180,7 +175,7 @@ DEV void consume(const Params& p, const Shared& shared) {
       if (lane() % 4 == 0 && row < s.Lq)
         p.lse[s.b * p.lse_b + item.head * p.lse_h + s.first_q + row] = (rows.max[0][half] + prim::log2(sum)) * LN2;
     }
-    prim::named_sync(TOGETHER + consumer(), 128);  // no product reads these rows of the query any more
+    wait_for_consumer();  // no product reads these rows of the query any more
     const int row = first_row + tile_row;
     shared.out(query_at.stage)
         .store(out, norm, tile_row, p.out + s.b * p.out_b + item.head * p.out_h + (s.first_q + row) * p.out_l, p.out_l,

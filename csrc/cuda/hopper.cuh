@@ -8,12 +8,25 @@
 #include "softmax.cuh"
 
 constexpr int CONSUMERS = WARPS_M / 4 - 1, CONSUMER_WARPS = 4 * CONSUMERS;
-constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
 constexpr int SHARED_LIMIT = 227 * 1024, BARRIERS_BYTES = 256;
 static_assert((CONSUMERS == 2 || CONSUMERS == 3) && WARPS_N == 1, "warps");
 
 DEV int consumer() { return prim::thread() / 128 - 1; }
 DEV int warp_row() { return prim::thread() / 32 % 4 * 16; }  // of a warp's 16 rows, of the consumer's 64
+
+// Consumers give the tensor cores their products in turns, so that one takes exponentials while others multiply. Each
+// waits at a barrier of its own for the one before it; the first turn is that of consumer 0.
+constexpr int TURN = 1, TOGETHER = TURN + CONSUMERS;  // named barriers, one of each for each consumer
+
+DEV void take_turn() { prim::named_sync(TURN + consumer(), 256); }
+DEV void pass_turn() { prim::named_arrive(TURN + (consumer() + 1) % CONSUMERS, 256); }
+DEV void begin_turns() {
+  if (consumer() == CONSUMERS - 1) pass_turn();
+}
+
+// All warps of this consumer.
+DEV void wait_for_consumer() { prim::named_sync(TOGETHER + consumer(), 128); }
 
 // ---- tiles in shared memory ---------------------------------------------------------------------------------------
 

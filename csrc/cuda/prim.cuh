@@ -98,7 +98,12 @@ struct Words {
   uint32_t w[4];
 };
 
-DEV void store_global(void* address, const Words& x) {  // a multiple of 16
+DEV Words load_global(const void* address) {  // a multiple of 16
+  const uint4 x = *static_cast<const uint4*>(address);
+  return {x.x, x.y, x.z, x.w};
+}
+
+DEV void store_global(void* address, const Words& x) {  // likewise
   *static_cast<uint4*>(address) = {x.w[0], x.w[1], x.w[2], x.w[3]};
 }
 

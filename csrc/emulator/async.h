@@ -249,6 +249,7 @@ inline void named_sync(int id, int threads) {
 
 constexpr int kRegisters = 65536;
 inline std::vector<int> registers;  // of a thread of each warp
+inline int pool;                    // their sum when the block began: what nobody got then nobody gets later
 
 inline void set_registers(int count, bool more) {
   if (count % 8 || count < 24 || count > 256) fail("a thread has 24 to 256 registers, a multiple of 8");
@@ -257,7 +258,7 @@ inline void set_registers(int count, bool more) {
   wait_until([&mine, count] {
     int total = -mine + count;
     for (const int others : registers) total += others;
-    return total * 32 <= kRegisters;
+    return total <= pool;
   });
   mine = count;
 }
@@ -438,6 +439,7 @@ inline void reset_async() {
   byte_barriers.clear(), stores.clear(), named_barriers.clear();
   for (int w = 0; w < kWarps; ++w) fences[w].clear(), products[w] = {}, inits_fenced[w] = 0;
   registers.assign(machine.threads / 32, std::min(256, kRegisters / machine.threads / 8 * 8));
+  pool = machine.threads / 32 * registers[0];
 }
 
 // What a block has left behind, or null.

@@ -117,6 +117,13 @@ DEV Words load_shared_words(uint32_t address) {
   return x;
 }
 
+DEV Words load_global(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) emulator::fail("16 bytes are loaded where they are not aligned");
+  Words x;
+  memcpy(&x, address, 16);
+  return x;
+}
+
 DEV void store_global(void* address, const Words& x) {
   if (reinterpret_cast<uintptr_t>(address) % 16) emulator::fail("16 bytes are stored where they are not aligned");
   memcpy(address, &x, 16);

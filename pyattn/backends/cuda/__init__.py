@@ -36,6 +36,7 @@ MAX_LENGTH = 2**30  # rows and keys are counted in 32 bits, with room for an off
 DECODE_ROWS = 64  # query heads times queries of a key head, up to which keys are split
 SPLIT = 512  # keys of a part: bits depend neither on the batch nor on the GPU
 L2_BYTES = 32 * 2**20  # of the cache of a Hopper GPU, what keys and values may take
+LONG_ITEM = 1024  # rows that see a tile of keys, from where on blocks do not stay
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _LOG2E = math.log2(math.e)
 _UNLIMITED = 2**62
@@ -181,13 +182,17 @@ def _decode_rows(spec: AttentionSpec, query: Any, key: Any, packed: bool) -> int
 
 
 def slower_than_triton(problem: Problem) -> bool:
-    """As measured: on Hopper, but for few queries. These kernels multiply with the instructions of sm_80.
+    """As measured on Hopper: where the kernels for sm_80 compute more than a few queries.
 
-    See ``benchmarks/results/nvidia-h100-80gb-hbm3``.
+    See ``benchmarks/results/nvidia-h100-80gb-hbm3`` and ``nvidia-h200``.
     """
     if unavailable() or not arch_of(problem.device).startswith("sm_90"):
         return False
-    return problem.op == "backward" or _decode_rows(problem.spec, problem.query, problem.key, problem.packed) is None
+    few = _decode_rows(problem.spec, problem.query, problem.key, problem.packed) is not None
+    if problem.op == "forward" and few:
+        return False
+    macros, _ = _common(problem, True)
+    return bool(not_for_hopper(problem, macros))
 
 
 def _slots(x: TensorMeta, cu_seqlens: TensorMeta | None, rows: int, block: int) -> dict[str, int]:
@@ -240,18 +245,22 @@ def _hopper_launch(
 ) -> Launch:
     """A kernel of hopper.cuh; ``numbers`` less what depends on its tiles."""
     spec, query, key, value = problem.spec, problem.query, problem.key, problem.value
-    kernel = hopper_kernel(op, (query.shape[-1], value.shape[-1]), macros)
+    triangle = spec.window_left is None and spec.window_right is not None  # the last rows see most keys
+    cu_seqlens = problem.meta("cu_seqlens_k")
+    length = problem.key_length / (1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1))
+    kernel = hopper_kernel(op, (query.shape[-1], value.shape[-1]), macros, length / 2 if triangle else length)
     rows, of_keys = (kernel.tiles.BLOCK_M, kernel.tiles.BLOCK_N), op == "dkdv"
     tiled, other = (key, query) if of_keys else (query, key)  # of which blocks have tiles, and over which they go
     slots = _slots(tiled, problem.meta("cu_seqlens_k" if of_keys else "cu_seqlens_q"), 1, rows[of_keys])
     # So many heads as share what fits the L2 cache.
-    heads, length = tiled.shape[1], other.shape[0] if problem.packed else other.shape[2]
-    shared = 2 * length * (query.shape[-1] + value.shape[-1]) * other.shape[1] / heads
+    heads, num_other = tiled.shape[1], other.shape[0] if problem.packed else other.shape[2]
+    shared = 2 * num_other * (query.shape[-1] + value.shape[-1]) * other.shape[1] / heads
     together = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * shared <= L2_BYTES))
     # A block for each multiprocessor begins the next tile while it ends the last. Tiles under a causal mask take equally
-    # long in pairs, the longest with the shortest; others that differ are handed out by the GPU.
-    chunk = 2 if spec.window_left is None and spec.window_right is not None else 1
+    # long in pairs, the longest with the shortest. Others that differ, or take very long, are handed out by the GPU.
+    chunk = 2 if triangle else 1
     alike = not (problem.packed or problem.has("kv_lengths") or problem.has("kv_starts"))
+    alike = alike and (not of_keys or num_other * query.shape[1] <= LONG_ITEM * heads)
     items = -(-slots["slots"] // chunk) * chunk * heads
     blocks = min(items // chunk, launch.gpu.multiprocessors(query.device)) if alike else items // chunk
     numbers = numbers | slots | {"items": items, "heads_together": together, "chunk": chunk}
@@ -349,7 +358,8 @@ def backward_plan(
 ) -> tuple[Launch, ...]:
     """One kind of call: all but its addresses."""
     query, key = problem.query, problem.key
-    macros, numbers = _common(problem, aligned and not any(x % 8 for x in _steps(query.shape, strides[1])))
+    steps = _steps(query.shape, strides[0]) + _steps(query.shape, strides[1])
+    macros, numbers = _common(problem, aligned and not any(x % 8 for x in steps))
     for name, stride in zip(("out", "grad_out", "grad_query", "grad_key", "grad_value"), strides, strict=True):
         numbers |= _strides(name, stride)
     head_dims = (query.shape[-1], problem.value.shape[-1])
@@ -357,7 +367,9 @@ def backward_plan(
     def start(kernel: Kernel, blocks: int, more: dict[str, int]) -> Launch:
         return Launch(kernel, blocks, pack_numbers(numbers | more))
 
-    launches = [start(preprocess_kernel(macros["BF16"]), -(-numbers["num_rows"] // 4), {"Lq": lse_shape(query)[-1]})]
+    preprocess = preprocess_kernel(head_dims[1], macros["BF16"], macros["ALIGNED"])
+    rows = preprocess.ROWS * preprocess.threads // 32
+    launches = [start(preprocess, -(-numbers["num_rows"] // rows), {"Lq": lse_shape(query)[-1]})]
     if not not_for_hopper(problem, macros):
         grad_out = query._replace(shape=(*query.shape[:-1], head_dims[1]), stride=strides[1])
         kinds = [("dkdv", 3), ("dq", 3)]
@@ -413,7 +425,7 @@ def backward(
     )
     problem = Problem.of("backward", spec, t)
     strides = tuple(x.stride() for x in (out, grad_out, *grads))
-    aligned = _aligned(*addresses[:3], addresses.grad_out)
+    aligned = _aligned(*addresses[:4], addresses.grad_out)
     ordered = spec.deterministic or torch.are_deterministic_algorithms_enabled()
     launches = backward_plan(problem, strides, mask_sizes, aligned, ordered)
     query_sums = None
@@ -433,11 +445,17 @@ def describe(problem: Problem) -> str:
     head_dims = (problem.query.shape[-1], problem.value.shape[-1])
     macros, _ = _common(problem, True)
     arch = arch_of(problem.query.device)
+    missing = not_for_hopper(problem, macros)
+    older = f" (sm_80's kernels: {'; '.join(missing)})" if arch == "sm_90a" and missing else ""
     if problem.op == "backward":
-        keys, queries = (kernel_of(op, head_dims, macros) for op in ("dkdv", "dq"))
-        if not problem.spec.deterministic and (both := unordered(keys, head_dims, macros, arch)):
-            return f"{arch}, keys, and queries in any order: {both.tiles}"
-        return f"{arch}, keys: {keys.tiles}; queries: {queries.tiles}"
+        strides = (problem.query.stride,) * 3 + (problem.key.stride, problem.value.stride)
+        launches = backward_plan(problem, strides, None, True, problem.spec.deterministic)[1:]
+        tiles = {launch.kernel.name: launch.kernel.tiles for launch in launches}
+        both = any(launch.kernel.UNORDERED for launch in launches)
+        roles = ["keys, and queries in any order"] if both else ["keys", "queries"]
+        return f"{arch}, {'; '.join(f'{role}: {t}' for role, t in zip(roles, tiles.values(), strict=True))}{older}"
     plan = forward_plan(problem, problem.query.stride, True)
+    if plan.launches[0].kernel.ROWS > 1 or plan.num_splits > 1:
+        older = ""
     parts = "" if plan.num_splits == 1 else f"{plan.num_splits} parts of {SPLIT} keys, "
-    return f"{arch}, {parts}{plan.launches[0].kernel.tiles}"
+    return f"{arch}, {parts}{plan.launches[0].kernel.tiles}{older}"

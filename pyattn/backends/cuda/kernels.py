@@ -78,15 +78,23 @@ TILES = {
     "dmask, other": (Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 32, 4), Tiles(64, 16, 4), Tiles(64, 16, 4)),
 }
 # The same on Hopper, for the kernels of hopper.cuh: a consumer of four warps has 64 rows, or keys, and there are four
-# warps more.
+# warps more. "short" is where a row sees few keys: there is room for a second query. Measured, see benchmarks/results.
 HOPPER_TILES = {
     "forward": (Tiles(192, 128, 16), Tiles(192, 96, 16), Tiles(128, 176, 12), Tiles(128, 112, 12), Tiles(128, 80, 12)),
+    "short forward": (
+        Tiles(128, 128, 12),
+        Tiles(192, 96, 16),
+        Tiles(128, 128, 12),
+        Tiles(128, 112, 12),
+        Tiles(128, 80, 12),
+    ),
     "forward, other": (Tiles(128, 128, 12),) * 3 + (Tiles(128, 64, 12),) * 2,
-    "dkdv": (Tiles(96, 128, 12), Tiles(64, 128, 12), Tiles(64, 128, 12), Tiles(48, 128, 12), Tiles(32, 128, 12)),
+    "dkdv": (Tiles(96, 128, 12), Tiles(64, 128, 12), Tiles(64, 128, 12), Tiles(64, 128, 12), Tiles(32, 128, 12)),
     "dkdv, other": (Tiles(32, 128, 12),) * 5,
-    "dq": (Tiles(128, 128, 12), Tiles(128, 96, 12), Tiles(128, 96, 12), Tiles(128, 64, 12), Tiles(128, 32, 12)),
+    "dq": (Tiles(128, 128, 12), Tiles(128, 128, 12), Tiles(128, 96, 12), Tiles(128, 64, 12), Tiles(128, 32, 12)),
     "dq, other": (Tiles(128, 64, 12),) * 4 + (Tiles(128, 32, 12),),
 }
+FEW_KEYS = 3000
 # Shared memory of a block, in bytes; every kernel fits the least but those that are UNORDERED.
 LEAST_SHARED_BYTES = 99 * 1024
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_87": 163 * 1024} | dict.fromkeys(("sm_90a", "sm_100a", "sm_103a"), 227 * 1024)
@@ -123,10 +131,13 @@ def _kernel_with(tiles_of: str, op: str, head_dims: tuple[int, int], macros: dic
     return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
 
 
-def hopper_kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int]) -> Kernel:
-    """The kernel of ``op`` for sm_90a, for D and Dv."""
+def hopper_kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int], keys: float) -> Kernel:
+    """The kernel of ``op`` for sm_90a, for D and Dv; a row sees ``keys`` keys on average."""
     D, Dv = columns_of(head_dims)
-    tiles = HOPPER_TILES[_table(op, macros)][_COLUMNS.index(max(D, Dv))]
+    table = _table(op, macros)
+    if table == "forward" and keys < FEW_KEYS:
+        table = "short forward"
+    tiles = HOPPER_TILES[table][_COLUMNS.index(max(D, Dv))]
     # Bytes of a tile of so many rows, in panels of 64 columns.
     query, grad_out = (128 * tiles.BLOCK_M * -(-columns // 64) for columns in (D, Dv))
     key, value = (128 * tiles.BLOCK_N * -(-columns // 64) for columns in (D, Dv))
@@ -136,7 +147,8 @@ def hopper_kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int]) -
     elif op == "dq":
         name, least, more = "attention_bwd_dq_hopper", query + grad_out + 2 * (key + value), key
     else:
-        name, least, more = "attention_bwd_dkdv_hopper", key + value + 2 * (query + grad_out + 8 * tiles.BLOCK_M), 0
+        rows = query + grad_out + 8 * tiles.BLOCK_M
+        name, least, more = "attention_bwd_dkdv_hopper", key + value + 2 * rows, rows
     shared = least + more + barriers if least + more + barriers <= limit else least + barriers
     return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
 
@@ -156,6 +168,7 @@ def combine_kernel(v_head_dim: int, BF16: int) -> Kernel:
     return Kernel("attention_decode.cuh", "attention_combine", 16 * (columns + 1), _BY_ROW, 64, columns, BF16)
 
 
-def preprocess_kernel(BF16: int) -> Kernel:
-    """What makes delta."""
-    return Kernel("attention_bwd_preprocess.cuh", "attention_bwd_preprocess", 0, _BY_ROW, 64, 64, BF16)
+def preprocess_kernel(v_head_dim: int, BF16: int, ALIGNED: int) -> Kernel:
+    """What makes delta: a warp has ROWS rows, a thread of it eight columns."""
+    name, lanes = "attention_bwd_preprocess", 1 << (-(-v_head_dim // 8) - 1).bit_length()
+    return Kernel(f"{name}.cuh", name, 0, _BY_ROW, 64, 64, BF16, ALIGNED, ROWS=max(32 // lanes, 1))
