@@ -23,16 +23,16 @@ import torch
 
 from pyattn import jit
 from pyattn.backends import cuda as backend
-from pyattn.backends.cuda import launch
 from pyattn.backends.cuda.kernels import Kernel
-from pyattn.spec import AttentionSpec, AttentionTensors, Op, Problem, empty_output
+from pyattn.backends.cuda.launch import Target
+from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output
 
 RESULTS = Path(__file__).parent / "results" / "compiled" / "cuda.json"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 HEAD_DIMS = ((128, 128), (64, 64), (96, 96), (192, 192), (256, 256), (192, 128))  # `quick` takes the first
 QUERIES = {"forward": 4096, "tall decode": 20, "decode": 1}
 KEYS, PAGE_SIZE = 4096, 16
-INSTRUCTIONS = ("HMMA", "LDSM", "MUFU", "BAR", "LDGSTS")
+INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "MUFU", "BAR", "LDGSTS", "UTMALDG", "USETMAXREG")
 
 
 class Call(NamedTuple):
@@ -77,37 +77,24 @@ class Call(NamedTuple):
 
     def kernels(self, arch: str) -> dict[str, Kernel]:
         """By their names here, all that the backend starts for such calls on such a GPU."""
-        named, aligned = {}, self.kind != "odd"
+        target, named, aligned = Target(arch, 132), {}, self.kind != "odd"
         for name, queries in QUERIES.items():
             spec, t = self.inputs(queries)
             out = empty_output(t.query, self.Dv)
-            forward = backend.forward_plan(_problem("forward", spec, t, arch), out.stride(), aligned)
+            forward = backend.forward_plan(Problem.of("forward", spec, t), target, out.stride(), aligned)
             named |= dict(zip((name, "combine"), (x.kernel for x in forward.launches), strict=False))
             if name == "forward" and t.block_table is None:
                 strides = tuple(x.stride() for x in (out, out, *t[:3]))
                 has_grad = t.attn_mask is not None and t.attn_mask.is_floating_point()
                 mask_sizes = tuple(t.attn_mask.shape) if has_grad else None
-                problem, ordered = _problem("backward", spec, t, arch), self.kind != "unordered"
-                backward = backend.backward_plan(problem, strides, mask_sizes, aligned, ordered)
+                problem, ordered = Problem.of("backward", spec, t), self.kind != "unordered"
+                backward = backend.backward_plan(problem, target, strides, mask_sizes, aligned, ordered)
                 named |= {_name(x.kernel): x.kernel for x in backward}
         return named
 
 
-class Gpus(launch.Gpu):
-    """One of each architecture, which are not there."""
-
-    def arch(self, device: torch.device) -> str:
-        return ARCHITECTURES[device.index]
-
-
-def _problem(op: Op, spec: AttentionSpec, t: AttentionTensors, arch: str) -> Problem:
-    device = torch.device("cuda", ARCHITECTURES.index(arch))
-    problem = Problem.of(op, spec, t)
-    return problem._replace(tensors=tuple(meta and meta._replace(device=device) for meta in problem.tensors))
-
-
 def _name(kernel: Kernel) -> str:
-    name = kernel.name.removeprefix("attention_bwd_")
+    name = kernel.name.removeprefix("attention_bwd_").removesuffix("_hopper")
     return {1: "dv", 2: "dk", 3: "dkdv"}[kernel.GRADIENTS] if name == "dkdv" else name
 
 
@@ -145,11 +132,13 @@ def quick() -> list[Entry]:
 
 def measure(entry: Entry) -> dict[str, Any]:
     kernel = entry.kernel
-    code = sass.disassemble(jit.compile(kernel.file, kernel.defines, entry.arch))
+    cubin, log = jit.compile_with_log(kernel.file, kernel.defines, entry.arch)
+    code, losses = sass.disassemble(cubin), re.findall(r"\(C\d+\) Potential Performance Loss: .*", log)
     counts = {name: sass.count(code.instructions, name) for name in INSTRUCTIONS}
     return {
         **{"kernel": entry.name, "arch": entry.arch, **entry.call._asdict()},
         **{"registers": code.registers, "spills": sass.spills(code.instructions), "stack": code.stack},
+        **{"file": kernel.file, "losses": losses},
         **{"shared": kernel.shared_bytes, "threads": kernel.threads},
         **{"instructions": len(code.instructions), "loop": len(code.loop), "loop_spills": sass.spills(code.loop)},
         **counts,
@@ -165,7 +154,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="entries whose name matches this regular expression")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    launch.gpu = Gpus()
     entries = [entry for entry in (quick() if arguments.quick else grid()) if re.search(arguments.only, str(entry))]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC holds no lock of Python's
         cells = list(pool.map(measure, entries))

@@ -92,6 +92,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
     if query.requires_grad and not query.is_cuda:
         return "NotImplementedError: it does not support backward on CPU"
     torch.compiler.reset()  # compiled code keeps the number of threads it was compiled for
+    torch._functorch.config.donated_buffer = False  # a graph is kept: its backward runs more than once
     compiled = torch.compile(flex_attention, dynamic=False)
     mask = None
     if causal:

@@ -185,8 +185,11 @@ def _precompile(args: argparse.Namespace) -> int:
     archs = precompile.archs()
     if unknown := [arch for arch in args.arch if arch not in archs]:
         raise ValueError(f"--arch must be of {', '.join(archs)}, got {', '.join(unknown)}")
-    kernels = precompile.kernels(args.dtypes, args.head_dims, args.page_sizes)
-    work = [(kernel, arch) for arch in args.arch for kernel in kernels]
+    work = [
+        (kernel, arch)
+        for arch in args.arch
+        for kernel in precompile.kernels(arch, args.dtypes, args.head_dims, args.page_sizes)
+    ]
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("error", jit.CacheWarning)  # without a cache, nothing would come of it

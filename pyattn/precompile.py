@@ -13,7 +13,8 @@ from torch import Tensor
 from pyattn import jit
 from pyattn.backends import cuda
 from pyattn.backends.cuda import launch
-from pyattn.backends.cuda.kernels import Kernel
+from pyattn.backends.cuda.kernels import FEW_KEYS, Kernel
+from pyattn.backends.cuda.launch import Target
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output
 
 GROUPS = (1, 4, 8)  # query heads to a key head: kernels of decode are made for one number, others take any
@@ -33,32 +34,34 @@ def archs() -> list[str]:
 
 
 def kernels(
-    dtypes: Iterable[torch.dtype], head_dims: Iterable[tuple[int, int]], page_sizes: Iterable[int] = ()
+    arch: str, dtypes: Iterable[torch.dtype], head_dims: Iterable[tuple[int, int]], page_sizes: Iterable[int] = ()
 ) -> list[Kernel]:
     """Those of ``CONTENTS``, for each dtype and each (D, Dv); those of the forward for each page size, too."""
     found: dict[Kernel, None] = {}
     for dtype, (D, Dv), page_size, group in product(dtypes, head_dims, (0, *page_sizes), GROUPS):
         for queries in (1, cuda.DECODE_ROWS // group, cuda.DECODE_ROWS + 1):  # decode, tall decode, forward
-            found |= dict.fromkeys(_kernels(dtype, D, Dv, group, queries, page_size))
+            for keys in (cuda.SPLIT + 1, FEW_KEYS):  # of more than one part: decode has results to add up
+                found |= dict.fromkeys(_kernels(arch, dtype, D, Dv, group, queries, keys, page_size))
     return list(found)
 
 
-def _kernels(dtype: torch.dtype, D: int, Dv: int, group: int, queries: int, page_size: int) -> list[Kernel]:
+def _kernels(
+    arch: str, dtype: torch.dtype, D: int, Dv: int, group: int, queries: int, keys: int, page_size: int
+) -> list[Kernel]:
     """Of one call with dense tensors."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    keys = cuda.SPLIT + 1  # of more than one part: decode has results to add up
-    query = empty(1, group, queries, D)
+    target, query = Target(arch), empty(1, group, queries, D)
     pages = {"block_table": empty(1, keys, dtype=torch.int32), "kv_lengths": empty(1, dtype=torch.int32)}
     key, value = (empty(1, 1, page_size or keys, columns) for columns in (D, Dv))
     spec, tensors = AttentionSpec(scale=1), AttentionTensors(query, key, value, **(pages if page_size else {}))
     out_stride = empty_output(query, Dv).stride()
-    launches = list(cuda.forward_plan(Problem.of("forward", spec, tensors), out_stride, True).launches)
+    launches = list(cuda.forward_plan(Problem.of("forward", spec, tensors), target, out_stride, True).launches)
     if not page_size:
         strides = (out_stride, out_stride, query.stride(), key.stride(), value.stride())
-        launches += cuda.backward_plan(Problem.of("backward", spec, tensors), strides, None, True)
+        launches += cuda.backward_plan(Problem.of("backward", spec, tensors), target, strides, None, True)
     return [launch.kernel for launch in launches]
 
 

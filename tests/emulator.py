@@ -81,6 +81,17 @@ def _texts(folder: Path) -> list[tuple[str, str]]:
     return [(path.name, path.read_text()) for path in sorted(folder.iterdir()) if path.suffix in (".cuh", ".h", ".cpp")]
 
 
+def _included(folder: Path, file: str) -> dict[str, str]:
+    """A file's text, and those of the files of ``folder`` that it includes."""
+    found, left = {}, [file]
+    while left:
+        name = left.pop()
+        if name not in found and (folder / name).exists():
+            found[name] = (folder / name).read_text()
+            left += re.findall(r'^#include "(.+)"', found[name], re.MULTILINE)
+    return dict(sorted(found.items()))
+
+
 def _build(path: Path, source: str, options: str) -> Path:
     """Compiles ``source``, unless the library is there; several processes may do so at once."""
     if not path.exists():
@@ -113,7 +124,7 @@ def library(file: str, name: str, defines: jit.Defines, sources: Path) -> Path:
         name=name,
         setters="\n".join(setters),
     )
-    key = _hash(ENTRY, COMPILE, file, macros, _texts(EMULATOR), _texts(sources))
+    key = _hash(ENTRY, COMPILE, file, macros, _texts(EMULATOR), _included(sources, file))
     return _build(BUILD / f"{Path(file).stem}-{key}.so", source, COMPILE)
 
 
@@ -141,11 +152,8 @@ class Emulator(launch.Gpu):
     def unavailable(self) -> list[str]:
         return []
 
-    def arch(self, device: torch.device) -> str:
-        return self._arch
-
-    def multiprocessors(self, device: torch.device) -> int:
-        return 3  # fewer than there are tiles
+    def target(self, device: torch.device) -> launch.Target:
+        return launch.Target(self._arch, multiprocessors=3)  # fewer than there are tiles
 
     def cubin(self, file: str, defines: jit.Defines, arch: str) -> bytes:
         (name,) = re.findall(r"^KERNEL(?:_ALONE)?\((\w+)", (self.sources / file).read_text(), re.MULTILINE)
@@ -156,7 +164,7 @@ class Emulator(launch.Gpu):
         return 0
 
 
-CACHES = (launch.arch_of, launch.loaded, dispatch.why_not, dispatch.choose, dispatch.select)
+CACHES = (launch.target_of, launch.loaded, dispatch.why_not, dispatch.choose, dispatch.select)
 PLANS = (cuda.forward_plan, cuda.backward_plan)
 
 

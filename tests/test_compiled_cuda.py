@@ -15,7 +15,7 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
 REGISTERS = 65536  # of a multiprocessor
 # Loads and stores in the inner loop of a plain kernel for want of registers: none but these. By kernel, GPU, D.
-SPILLS = {("forward", "sm_90a", 128): 4, ("forward", "sm_89", 64): 2}
+SPILLS = {("forward", "sm_89", 64): 2}
 
 # By kernel: products of a tile of rows and one of keys over the D columns and over the Dv columns, and how often its
 # code copies rows of D and of Dv, keys of D and of Dv. What is worked on while the next one is copied is copied twice.
@@ -36,6 +36,45 @@ def matrix_instructions(cell):
     over_d += cell["kind"] == "unordered" and cell["kernel"] in ("dkdv", "dk")  # the query's gradient as well
     scores = cell["BLOCK_M"] // cell["WARPS_M"] * (cell["BLOCK_N"] // cell["WARPS_N"])
     return scores * (over_d * cell["BLOCK_D"] + over_dv * cell["BLOCK_DV"]) // (16 * 8 * 16)
+
+
+def is_for_hopper(cell):
+    return cell["file"].endswith("_hopper.cuh")
+
+
+def warpgroup_products(cell):
+    """Each multiplies 64 rows by 16 columns. The first tile's, or the last one's, have code of their own."""
+    M, N, D, Dv = (cell[name] // 16 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV"))
+    if cell["kernel"] == "forward":
+        return 2 * (D + N)
+    if cell["kernel"] == "dq":
+        return 2 * (D + Dv + N)
+    of_keys, of_values = cell["kernel"] != "dv", cell["kernel"] != "dk"
+    stage = sum(cell["BLOCK_M"] * 128 * -(-16 * x // 64) for x in (D, Dv)) + 8 * cell["BLOCK_M"]
+    keys = sum(cell["BLOCK_N"] * 128 * -(-16 * x // 64) for x in (D, Dv))
+    early = keys + 3 * stage + 256 <= SHARED["sm_90a"] and 16 * (of_keys * D + of_values * Dv + 3 * M) <= 416
+    return (1 + early) * (D + of_keys * Dv + of_values * M + of_keys * M)
+
+
+def panels(cell):
+    """Boxes of 64 columns that are copied: each kind of tile by code of its own."""
+    of_keys, of_values = (-(-cell[name] // 64) for name in ("BLOCK_D", "BLOCK_DV"))
+    return 2 * of_keys + of_values if cell["kernel"] == "forward" else 2 * (of_keys + of_values)
+
+
+def complaints_about_hopper(cell):
+    """What the compiler says and has made where a kernel is to have a machine alone."""
+    if cell["losses"]:
+        yield f"the compiler objects: {cell['losses']}"
+    for name, expected in (
+        ("HGMMA", warpgroup_products(cell)),
+        ("UTMALDG", panels(cell)),
+        ("USETMAXREG", 2),
+        ("HMMA", 0),
+        ("LDGSTS", 0),
+    ):
+        if cell[name] != expected:
+            yield f"{cell[name]} {name}, not {expected}"
 
 
 def wide_copies(cell):
@@ -60,6 +99,10 @@ def complaints(cell, recorded=None):
         yield f"{cell['registers']} registers for each of {cell['threads']} threads"
     if cell["kind"] == "plain" and cell["loop_spills"] > SPILLS.get((cell["kernel"], cell["arch"], cell["D"]), 0):
         yield f"{cell['loop_spills']} spills in the inner loop"
+    yield from growth(cell, recorded, "loop", "loop_spills")
+    if is_for_hopper(cell):
+        yield from complaints_about_hopper(cell)
+        return
     if cell["HMMA"] != matrix_instructions(cell):
         yield f"{cell['HMMA']} matrix instructions, not {matrix_instructions(cell)}"
     if cell["wide_copies"] != wide_copies(cell):
@@ -69,7 +112,6 @@ def complaints(cell, recorded=None):
         yield f"{cell['LDGSTS'] - cell['wide_copies']} copies are less than 128 bits wide"
     if bool(cell["loop"]) != bool(cell["HMMA"]):
         yield f"an inner loop of {cell['loop']} instructions"
-    yield from growth(cell, recorded, "loop", "loop_spills")
 
 
 RECORD = Record("compiled_cuda.py", "cuda.json", ("kernel", "arch", "kind", "D", "Dv", "dtype"), complaints)
@@ -103,6 +145,15 @@ def test_a_worse_kernel_is_found(name):
     good = RECORD.find("forward", "sm_80", "plain", 128, 128, "bfloat16")
     assert list(complaints(good, good)) == []
     assert list(complaints(good | {name: good[name] * 2 + 1000}, good))
+
+
+@pytest.mark.parametrize("name", ["HGMMA", "UTMALDG", "USETMAXREG", "HMMA", "LDGSTS", "losses", "shared"])
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
+def test_a_worse_kernel_for_hopper_is_found(kernel, name):
+    good = RECORD.find(kernel, "sm_90a", "plain", 128, 128, "bfloat16")
+    assert list(complaints(good, good)) == [] and is_for_hopper(good)
+    worse = ["(C7510) Potential Performance Loss"] if name == "losses" else good[name] * 2 + 300000
+    assert list(complaints(good | {name: worse}, good))
 
 
 @pytest.mark.parametrize("name", ["HMMA", "loop", "wide_copies"])

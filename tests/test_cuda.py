@@ -42,11 +42,12 @@ def kernels_of(case):
     """Those that a case asks for."""
     kwargs = make_inputs(case, torch.bfloat16, requires_grad=case.differentiable)
     problem = pyattn.explain(**kwargs).problem
-    launches = list(cuda.forward_plan(problem, problem.query.stride, True).launches)
+    target = launch.target_of(problem.device)
+    launches = list(cuda.forward_plan(problem, target, problem.query.stride, True).launches)
     if case.differentiable:
         sizes = (1, 1, 1, 1) if case.mask and case.mask.startswith("float") else None
         strides = tuple(x.stride for x in (problem.query, problem.query, *problem.tensors[:3]))
-        launches += cuda.backward_plan(problem._replace(op="backward"), strides, sizes, True, True)
+        launches += cuda.backward_plan(problem._replace(op="backward"), target, strides, sizes, True, True)
     return {x.kernel for x in launches}
 
 
@@ -198,12 +199,12 @@ MUTANTS = {
     "conflicting banks": ("tile.cuh", "? row & 7 :", "? row & 3 :", "gqa", RACE),
     "wrong swizzle": ("tile.cuh", "((cols % PANEL * 2) ^ twist)", "((cols % PANEL * 2) + twist)",
         "gqa", f"{RACE}|{NUMBER}|beyond"),
-    "missing shuffle": ("attention_fwd.cuh", "top = fmaxf(top, prim::shuffle_xor(top, 2));", "", "gqa", NUMBER),
-    "missing rescale": ("attention_fwd.cuh", "out.x[m][d][2 * half] *= alpha, out.x[m][d][2 * half + 1] *= alpha", "",
+    "missing shuffle": ("softmax.cuh", "top = fmaxf(top, prim::shuffle_xor(top, 2));", "", "gqa", NUMBER),
+    "missing rescale": ("attention_fwd.cuh", "rescale(out, shrink);", "",
         "tiles, gqa", NUMBER),
-    "sum not rescaled": ("attention_fwd.cuh", "rows.sum[m][half] * alpha + sum", "rows.sum[m][half] + sum",
+    "sum not rescaled": ("softmax.cuh", "rows.sum[m][half] * alpha + sum", "rows.sum[m][half] + sum",
         "tiles, gqa", NUMBER),
-    "mask off by one": ("attention_fwd.cuh", "k >= range.hi", "k > range.hi", "padding right", NUMBER),
+    "mask off by one": ("softmax.cuh", "k >= range.hi", "k > range.hi", "padding right", NUMBER),
     "window off by one": ("tile.cuh", "offset - smaller(p.window_left", "offset + 1 - smaller(p.window_left",
         "window, both sides", NUMBER),
     "dropped tile": ("attention_fwd.cuh", "first_key < tiles.end; first_key += BLOCK_N",
@@ -286,7 +287,10 @@ def test_lengths_and_offsets_need_no_other_kernel(at_work):
     for length, causal in itertools.product([*range(65, 90), 128, 256, 1000, 4097], (False, True)):
         case = Case("length", B=1, Hq=1, Hkv=1, Lq=length, Lk=length, causal=causal)
         problem = pyattn.explain(**make_inputs(case, torch.bfloat16)).problem
-        kernels |= {x.kernel for x in cuda.forward_plan(problem, problem.query.stride, True).launches}
+        kernels |= {
+            x.kernel
+            for x in cuda.forward_plan(problem, launch.target_of(problem.device), problem.query.stride, True).launches
+        }
     assert len(kernels) == 1
 
 
@@ -340,16 +344,17 @@ def test_without_a_gpu_there_is_a_reason():
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_triton_comes_first_where_it_was_faster(arch, monkeypatch):
+    """On Hopper, where kernels for sm_80 compute more than a few queries."""
     monkeypatch.setattr(cuda, "unavailable", list)
-    monkeypatch.setattr(cuda, "arch_of", lambda device: arch)
-    hopper = arch == "sm_90a"
-    for name, triton_first in {"causal": hopper, "decode": False, "packed": hopper, "packed, many": hopper}.items():
+    monkeypatch.setattr(cuda, "target_of", lambda device: launch.Target(arch))
+    older = {"causal": (), "decode": (), "packed": (), "tiles, dropout": ("forward", "backward"), "paged": ("forward",)}
+    for name, slower in older.items():
         problem = pyattn.explain(**make_inputs(BY_NAME[name], torch.bfloat16)).problem
         on_gpu = [x and x._replace(device=torch.device("cuda", 0)) for x in problem.tensors]
         problem = problem._replace(tensors=tuple(on_gpu))
-        first = "triton" if triton_first else "cuda"
-        assert dispatch.order(problem)[0] == first, name
-        assert dispatch.order(problem._replace(op="backward"))[0] == ("triton" if hopper else "cuda")
+        for op in ("forward", "backward"):
+            triton_first = arch == "sm_90a" and (op in slower or (op == "backward" and name == "paged"))
+            assert dispatch.order(problem._replace(op=op))[0] == ("triton" if triton_first else "cuda"), (name, op)
 
 
 def test_reasons_are_named(at_work):

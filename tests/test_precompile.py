@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
+import types
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def refused(capsys, *options):
 
 def test_fills_an_empty_cache_once(capsys, cache, monkeypatch):
     printed = run(capsys, *SMALL, "--jobs", "2")
-    kernels = precompile.kernels([torch.bfloat16], [(64, 64)])
+    kernels = precompile.kernels("sm_80", [torch.bfloat16], [(64, 64)])
     assert len(list(cache.iterdir())) == len(kernels)
     for said in (f"{len(kernels)} kernels, 0 of them", f"{len(kernels)} kernels compiled", str(cache), precompile.REST):
         assert said in printed
@@ -76,7 +77,9 @@ def test_only_what_is_missing_is_made(capsys, cache, compiled):
 # ---- which kernels -------------------------------------------------------------------------------------------
 
 
-def kernels_of(group=1, queries=100, keys=1000, D=64, page_size=0, packed=False, backward=False, spec=None, **extra):
+def kernels_of(
+    group=1, queries=100, keys=1000, D=64, page_size=0, packed=False, backward=False, spec=None, arch="sm_80", **extra
+):
     """Those that a call of dense bfloat16 tensors starts, with two key heads."""
     vector = functools.partial(torch.empty, device="meta", dtype=torch.int32)
     empty = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
@@ -92,26 +95,29 @@ def kernels_of(group=1, queries=100, keys=1000, D=64, page_size=0, packed=False,
     tensors = AttentionTensors(query, key, value, **extra)
     if backward:
         strides = (query.stride(), query.stride(), query.stride(), key.stride(), value.stride())
-        launches = cuda.backward_plan(Problem.of("backward", spec, tensors), strides, None, True)
+        launches = cuda.backward_plan(Problem.of("backward", spec, tensors), launch.Target(arch), strides, None, True)
     else:
-        launches = cuda.forward_plan(Problem.of("forward", spec, tensors), query.stride(), True).launches
-    return {launch.kernel for launch in launches}
+        problem = Problem.of("forward", spec, tensors)
+        launches = cuda.forward_plan(problem, launch.Target(arch), query.stride(), True).launches
+    return {x.kernel for x in launches}
 
 
 @functools.cache
-def usual():
-    return set(precompile.kernels([torch.bfloat16], [(64, 64), (128, 128)]))
+def usual(arch="sm_80"):
+    return set(precompile.kernels(arch, [torch.bfloat16], [(64, 64), (128, 128)]))
 
 
-LENGTHS = (1, 2, 3, 5, 8, 16, 17, 64, 65, 100, 512, 513, 3000)
+LENGTHS = (1, 2, 3, 5, 8, 16, 17, 64, 65, 100, 512, 513, 3000, 7000)
+on_both = pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 
 
-def test_causal_calls_of_any_length_find_their_kernels():
+@on_both
+def test_causal_calls_of_any_length_find_their_kernels(arch):
     found = set()
     for group, D, queries, keys in itertools.product(precompile.GROUPS, (64, 128), LENGTHS, LENGTHS):
         for backward in (False, True):
-            found |= kernels_of(group, queries, keys, D, spec={"window_right": 0}, backward=backward)
-    assert found == usual(), "all are there, and none for nothing"
+            found |= kernels_of(group, queries, keys, D, spec={"window_right": 0}, backward=backward, arch=arch)
+    assert found == usual(arch), "all are there, and none for nothing"
 
 
 RUN_TIME = {
@@ -124,11 +130,12 @@ RUN_TIME = {
 }
 
 
+@on_both
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("call", RUN_TIME.values(), ids=RUN_TIME)
-def test_what_is_decided_at_run_time_needs_no_other_kernels(call, backward):
+def test_what_is_decided_at_run_time_needs_no_other_kernels(call, backward, arch):
     for queries in (1, 40, 100):
-        assert kernels_of(queries=queries, backward=backward, **call) <= usual()
+        assert kernels_of(queries=queries, backward=backward, arch=arch, **call) <= usual(arch)
 
 
 REST = {
@@ -141,14 +148,15 @@ REST = {
 }
 
 
+@on_both
 @pytest.mark.parametrize("call", REST.values(), ids=REST)
-def test_the_rest_is_left_out(call):
-    assert not kernels_of(**call) & usual()
+def test_the_rest_is_left_out(call, arch):
+    assert not kernels_of(arch=arch, **call) & usual(arch)
 
 
 def test_a_head_dim_decides_whether_rows_are_copied_by_16_bytes():
     for D, aligned in ((64, 1), (40, 1), (60, 0)):
-        kernels = precompile.kernels([torch.bfloat16], [(D, D)])
+        kernels = precompile.kernels("sm_80", [torch.bfloat16], [(D, D)])
         assert {kernel.ALIGNED for kernel in kernels if kernel.name == "attention_fwd"} == {aligned}
 
 
@@ -158,7 +166,7 @@ def test_a_number_of_heads_is_left_out():
 
 
 def test_paged_calls_find_their_kernels():
-    paged = set(precompile.kernels([torch.bfloat16], [(64, 64)], page_sizes=[16, 128]))
+    paged = set(precompile.kernels("sm_80", [torch.bfloat16], [(64, 64)], page_sizes=[16, 128]))
     for group, queries, keys in itertools.product(precompile.GROUPS, LENGTHS, LENGTHS):
         assert kernels_of(group, queries, keys, page_size=16) <= paged
     assert {kernel.PAGE_SIZE for kernel in paged} == {0, 16, 128}
@@ -168,8 +176,10 @@ def test_architectures_are_those_that_the_backend_asks_for(cache, monkeypatch):
     archs = precompile.archs()
     assert {"sm_80", "sm_90a"} <= set(archs)
     for number, arch in zip((x for x in jit.nvrtc_archs() if x >= 80), archs, strict=True):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, number=number: divmod(number, 10))
-        assert launch.Gpu().arch(torch.device("cuda", 0)) == arch
+        major, minor = divmod(number, 10)
+        properties = types.SimpleNamespace(major=major, minor=minor, multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        assert launch.Gpu().target(torch.device("cuda", 0)) == launch.Target(arch, 132)
 
 
 # ---- what cannot be ------------------------------------------------------------------------------------------

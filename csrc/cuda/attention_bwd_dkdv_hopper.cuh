@@ -6,20 +6,20 @@
 //     D    64   128 keys x 96 rows, 2 consumers      32 +  32 + 48 + 48 + 24 + 24
 //     D    96   128 keys x 64 rows, 2 consumers      48 +  48 + 32 + 32 + 16 + 16
 //     D   128   128 keys x 64 rows, 2 consumers      64 +  64 + 32 + 32 + 16 + 16
-//     D   192   128 keys x 48 rows, 2 consumers      96 or 96 + 24 + 24 + 12 + 12: in two passes, see GRADIENTS
-//     D   256   128 keys x 32 rows, 2 consumers     128 or 128 + 16 + 16 + 8 + 8
+//     D   192   128 keys x 64 rows, 2 consumers      96 or 96 + 32 + 32 + 16 + 16: in two passes, see GRADIENTS
+//     D   256   128 keys x 32 rows, 2 consumers     128 or 128 + 16 + 16 +  8 +  8
 //
-//   shared memory  key [BLOCK_N, D], later dK; value [BLOCK_N, Dv], later dV; two of query [BLOCK_M, D], grad_out
-//                  [BLOCK_M, Dv], lse and delta
+//   shared memory  key [BLOCK_N, D], later dK; value [BLOCK_N, Dv], later dV; three of query [BLOCK_M, D], grad_out
+//                  [BLOCK_M, Dv], lse and delta, two where there is no room
 //
 // Tiles are transposed: a consumer has its keys as the rows of S^T = K Q^T and dP^T = V dO^T, and so P^T and dS^T are
-// left operands of dV += P^T dO and dK += dS^T Q as they are, in registers.
+// left operands of dV += P^T dO and dK += dS^T Q as they are, in registers. Consumers give the tensor cores their
+// products in turns.
 //
-//   time       tensor cores                   a consumer
-//    |         S1, dP1                        waits for S1
-//    |         dP1                            P1 = exp(S1 - lse)
-//    |         dV += P1 dO                    dS1 = P1 (dP1 - delta)
-//    v         dK += dS1 Q, S2, dP2           waits for S2
+//   time       tensor cores, early              a consumer             tensor cores, not early     a consumer
+//    |         S2, dP2, dV += P1 dO, dK += ..   waits for S2, dP2      S2, dP2                     waits for S2
+//    |         dV += P1 dO, dK += dS1 Q         P2, dS2                dP2                         P2
+//    v         S3, dP3, dV += P2 dO, dK += ..   waits for S3, dP3      dV += P2 dO, dK += dS2 Q    dS2
 #include "gradient.cuh"
 #include "hopper.cuh"
 
@@ -45,12 +45,28 @@ struct Terms {
   static constexpr int BYTES = 2 * BLOCK_M * 4;
   uint32_t base;
 
-  DEV void store(const Params& p, const Sample& s, int head, int first_row) const {
-    const int64_t begin = s.b * p.lse_b + head * p.lse_h + s.first_q + first_row;
-    for (int i = lane(); i < BLOCK_M; i += 32) {
-      const bool exists = first_row + i < s.Lq;
-      prim::store_shared(base + i * 4, exists ? lse_term(p.lse[begin + i]) : 0);
-      prim::store_shared(base + (BLOCK_M + i) * 4, exists ? p.delta[begin + i] : 0);
+  // A warp's, on their way: memory is slow.
+  struct Fetched {
+    float lse[(BLOCK_M + 31) / 32], delta[(BLOCK_M + 31) / 32];
+
+    DEV Fetched(const Params& p, const Sample& s, int head, int first_row) {
+      const int64_t begin = s.b * p.lse_b + head * p.lse_h + s.first_q + first_row;
+#pragma unroll
+      for (int i = 0; i < (BLOCK_M + 31) / 32; ++i) {
+        const int row = i * 32 + lane();
+        const bool exists = row < BLOCK_M && first_row + row < s.Lq;
+        lse[i] = exists ? p.lse[begin + row] : 0, delta[i] = exists ? p.delta[begin + row] : 0;
+      }
+    }
+  };
+
+  DEV void store(const Fetched& terms) const {
+#pragma unroll
+    for (int i = 0; i < (BLOCK_M + 31) / 32; ++i) {
+      const int row = i * 32 + lane();
+      if (row >= BLOCK_M) break;
+      prim::store_shared(base + row * 4, lse_term(terms.lse[i]));
+      prim::store_shared(base + (BLOCK_M + row) * 4, terms.delta[i]);
     }
     prim::sync_warp();
   }
@@ -132,10 +148,11 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
         const int last = s.Lq - rows.first_row, row = s.first_q + rows.first_row;
         const bool clean = !packed || BLOCK_M <= last;
         const uint32_t full = shared.full(ROW, at.stage);
+        const Terms::Fetched terms(p, s, rows.head, rows.first_row);
         prim::barrier_wait(shared.empty(ROW, at.stage), at.parity ^ 1);
         producer.copy(shared.query(at.stage), maps.query, full, row, rows.head, b, clean, 0, last);
         producer.copy(shared.grad_out(at.stage), maps.grad_out, full, row, rows.head, b, clean, 0, last);
-        shared.terms(at.stage).store(p, s, rows.head, rows.first_row);
+        shared.terms(at.stage).store(terms);
         if (lane() == 0) prim::barrier_arrive(full);
         at.next();
       }
@@ -152,13 +169,10 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
   });
 }
 
-#ifndef EXP_TURNS
-#define EXP_TURNS 3
-#endif
-
-// Whether the next scores are begun before the last gradients: both take registers.
+// Whether the next scores are begun before the last gradients: there must be registers for both, and a stage more.
 DEV bool early() {
-  return EXP_TURNS == 3 && ((GRADIENTS & 2 ? BLOCK_D : 0) + (GRADIENTS & 1 ? BLOCK_DV : 0) + BLOCK_M * 3) / 2 <= 208;
+  const int sums = (GRADIENTS & 2 ? BLOCK_D : 0) + (GRADIENTS & 1 ? BLOCK_DV : 0);
+  return STAGES == 3 && (sums + 3 * BLOCK_M) / 2 <= 208;
 }
 
 // What a consumer has of a tile of rows: [keys, rows].
@@ -224,7 +238,7 @@ DEV void consume(const Params& p, const Shared& shared) {
   const int tile_row = consumer() * 64 + warp_row();
   Ring<1> key_at;
   Ring<STAGES> at, used_at;
-  if (EXP_TURNS) begin_turns();
+  begin_turns();
 
   for_items(p, true, [&](const Item& item) {
     const Sample& s = item.s;
@@ -280,10 +294,10 @@ DEV void consume(const Params& p, const Shared& shared) {
       do {
         prim::barrier_wait(shared.full(ROW, at.stage), at.parity);
         const Terms terms = shared.terms(at.stage);
-        if (EXP_TURNS) take_turn();
+        take_turn();
         prim::products_fence(scores.weight.x, scores.grad.x, grad_key.x, grad_value.x);
         scores.begin(shared, at.stage);
-        if (EXP_TURNS == 1 || EXP_TURNS == 3) pass_turn();
+        pass_turn();
         if (GRADIENTS & 2)
           prim::products_wait<1>(scores.weight.x);
         else
@@ -292,7 +306,6 @@ DEV void consume(const Params& p, const Shared& shared) {
         pack(scores.weights, scores.weight);
         prim::products_fence(scores.weights, scores.grads);
         if (GRADIENTS & 1) begin_multiply_add(grad_value, scores.weights, shared.grad_out(at.stage));
-        if (EXP_TURNS == 2) pass_turn();
         if (GRADIENTS & 2) {
           if (GRADIENTS & 1)
             prim::products_wait<1>(scores.grad.x);
@@ -305,7 +318,7 @@ DEV void consume(const Params& p, const Shared& shared) {
         }
         prim::products_wait<0>(scores.weights, scores.grads, grad_key.x, grad_value.x);
         release(shared.empty(ROW, at.stage));
-        used_at.next(), at.next();
+        at.next(), used_at.next();
       } while (rows.next());
     }
 

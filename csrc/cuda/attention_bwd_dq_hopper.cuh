@@ -1,15 +1,16 @@
-// The gradient of the query for sm_90a. A block owns BLOCK_M rows of one sample and head after the other, 64 for each of
-// its consumers, and goes over the keys they see, as in the forward: every gradient has one owner, so there are no
+// The gradient of the query for sm_90a. A block owns BLOCK_M rows of one sample and head after the other, 64 for each
+// of its consumers, and goes over the keys they see, as in the forward: every gradient has one owner, so there are no
 // atomics. hopper.cuh has the roles.
 //
 //   tiles (pyattn/backends/cuda/kernels.py)         registers of a consumer for dQ, S, dP, dS
 //     D    64   128 x 128, 2 consumers               32 + 64 + 64 + 32
-//     D    96   128 x  96, 2 consumers               48 + 48 + 48 + 24
+//     D    96   128 x 128, 2 consumers               48 + 64 + 64 + 32
 //     D   128   128 x  96, 2 consumers               64 + 48 + 48 + 24
 //     D   192   128 x  64, 2 consumers               96 + 32 + 32 + 16
 //     D   256   128 x  32, 2 consumers              128 + 16 + 16 +  8
 //
-//   shared memory  query [BLOCK_M, D], later dQ; grad_out [BLOCK_M, Dv]; three of key [BLOCK_N, D], two where there is no
+//   shared memory  query [BLOCK_M, D], later dQ; grad_out [BLOCK_M, Dv]; three of key [BLOCK_N, D], two where there is
+//   no
 //                  room; two of value [BLOCK_N, Dv]
 //
 // S = Q K^T and dP = dO V^T of the next keys are begun before dQ += dS K of the last ones, under which dS is computed;
@@ -92,7 +93,6 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
     }
   });
 }
-
 
 DEV void consume(const Params& p, const Shared& shared) {
   const int tile_row = consumer() * 64 + warp_row();
@@ -198,10 +198,10 @@ DEV void consume(const Params& p, const Shared& shared) {
     wait_for_consumer();  // no product reads these rows of the query any more
     const int row = first_row + tile_row;
     const float factors[2] = {p.grad_scale, p.grad_scale};
-    shared.query.store(grad_query, factors, tile_row,
-                       p.grad_query + s.b * p.grad_query_b + item.head * p.grad_query_h +
-                           (s.first_q + row) * p.grad_query_l,
-                       p.grad_query_l, s.Lq - row, p.D);
+    shared.query.store(
+        grad_query, factors, tile_row,
+        p.grad_query + s.b * p.grad_query_b + item.head * p.grad_query_h + (s.first_q + row) * p.grad_query_l,
+        p.grad_query_l, s.Lq - row, p.D);
     release(shared.empty(ROW, 0));
     row_at.next();
   });

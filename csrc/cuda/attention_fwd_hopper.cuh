@@ -1,8 +1,8 @@
 // The forward for sm_90a: what moves data, what multiplies and what takes exponentials work at the same time
 // (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608).
 //
-// A block owns BLOCK_M rows of one sample and head after the other, 64 for each of its consumers, and goes over the keys
-// they see. hopper.cuh has the roles.
+// A block owns BLOCK_M rows of one sample and head after the other, 64 for each of its consumers, and goes over the
+// keys they see. hopper.cuh has the roles.
 //
 //   tiles (pyattn/backends/cuda/kernels.py)         registers of a consumer for out, scores, weights
 //     D    64   192 x 128, 3 consumers               32 + 64 + 32
@@ -18,8 +18,8 @@
 //    |         1: S2 = Q K2^T, O += P1 V1           softmax of S1            waits for S2
 //    v         0: S2 = Q K2^T, O += P1 V1           ...                      softmax of S2
 //
-// Scores of the next tile are multiplied before the values of the last one, so that a softmax runs under products of its
-// own, too. Consumers give the tensor cores their products in turns.
+// Scores of the next tile are multiplied before the values of the last one, so that a softmax runs under products of
+// its own, too. Consumers give the tensor cores their products in turns.
 #include "hopper.cuh"
 
 constexpr int NT = BLOCK_N / 8, DT = BLOCK_DV / 8, STAGES = 2;

@@ -1,4 +1,5 @@
-// What the kernels for sm_90a share: tiles that TMA copies and wgmma multiplies, rings of stages, which tiles a block has.
+// What the kernels for sm_90a share: tiles that TMA copies and wgmma multiplies, rings of stages, which tiles a block
+// has.
 //
 // A block has a warp that copies (the producer, in a warpgroup that gives its registers) and two or three warpgroups
 // that compute (the consumers), 64 rows each. A stage of shared memory is full when its bytes have landed, and empty
@@ -38,8 +39,8 @@ struct PanelTile {
   static_assert(ROWS_ % 8 == 0 && COLS_ % 16 == 0, "eight rows are a swizzle, sixteen columns a product");
   uint32_t base;
 
-  // The operand of a product over columns [col, col + 16), with rows from `row` on. Addresses in it count 16 bytes; what
-  // is constant is added last, and costs no register.
+  // The operand of a product over columns [col, col + 16), with rows from `row` on. Addresses in it count 16 bytes;
+  // what is constant is added last, and costs no register.
   DEV uint64_t columns(int row, int col) const {
     return prim::operand(base + row * 128, 16, 1024) + (col / 64 * PANEL_BYTES + col % 64 * 2) / 16;
   }
@@ -76,9 +77,9 @@ struct PanelTile {
     for (int d = 0; d < NUM_COLS / 8; ++d)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        prim::store_shared(at(row + fragment_row(0, 2 * half), d) + lane() % 4 * 4,
-                           prim::pack(x.x[0][d][2 * half] * factors[half], x.x[0][d][2 * half + 1] * factors[half],
-                                      BF16));
+        prim::store_shared(
+            at(row + fragment_row(0, 2 * half), d) + lane() % 4 * 4,
+            prim::pack(x.x[0][d][2 * half] * factors[half], x.x[0][d][2 * half + 1] * factors[half], BF16));
     prim::sync_warp();
 #pragma unroll
     for (int i = 0; i < 2 * NUM_COLS; i += 32) {
@@ -129,7 +130,7 @@ DEV void release(uint32_t empty) {
 // A fragment as products take it.
 template <int N>
 DEV float (&sums_of(Fragment<1, N>& x))[4 * N] {
-  return reinterpret_cast<float(&)[4 * N]>(x.x);
+  return reinterpret_cast<float (&)[4 * N]>(x.x);
 }
 
 // c = a b^T, begun: a consumer's rows of a, from `row` on, and all rows of b, over all columns.
@@ -180,7 +181,9 @@ struct Item {
                       of_keys ? p.cu_seqlens_k : p.cu_seqlens_q, of_keys ? p.total_k : p.total_q, 1, block)),
         s(p, smaller(place.b, p.B - 1)),
         num_tiles(((of_keys ? s.Lk : s.Lq) + block - 1) / block),
-        tile(p.chunk == 1 ? place.tile : place.tile % 2 ? num_tiles - 1 - place.tile / 2 : place.tile / 2) {}
+        tile(p.chunk == 1     ? place.tile
+             : place.tile % 2 ? num_tiles - 1 - place.tile / 2
+                              : place.tile / 2) {}
 
   DEV static int together(const Params& p) { return (p.slots + p.chunk - 1) / p.chunk * p.chunk * p.heads_together; }
   DEV bool exists(const Params& p) const { return place.b < p.B && place.tile < num_tiles; }

@@ -1,5 +1,5 @@
-// Online softmax over tiles of scores (Milakov and Gimelshein 2018, arXiv:1805.02867), which never leave registers: what
-// the forward kernels share.
+// Online softmax over tiles of scores (Milakov and Gimelshein 2018, arXiv:1805.02867), which never leave registers:
+// what the forward kernels share.
 #pragma once
 #include "tile.cuh"
 

@@ -15,6 +15,32 @@
 
 namespace emulator {
 
+// ---- what threads have stored, for those who are none ---------------------------------------------------------------
+
+// fence.proxy.async: what the warp has stored so far may be read by the engine and by products.
+inline std::vector<uint32_t> fences[kWarps];
+
+inline void fence_stores() {
+  fences[this_warp()].push_back(this_clock().of[this_warp()]);
+  ++this_clock().of[this_warp()];
+}
+
+// That what a thread has stored in a word has been fenced since.
+inline void check_fenced(uint32_t i) {
+  const Word& word = machine.words[i];
+  if (!word.written || word.writer == kEngine) return;
+  const auto& times = fences[word.writer];
+  const auto fence = std::lower_bound(times.begin(), times.end(), word.written);
+  if (fence == times.end() || *fence > this_clock().of[word.writer])
+    fail_at(i, "is used by a product or a copy without a fence after a thread stored it");
+}
+
+// That the engine, or a product, may read a word: like a thread, and only what has been fenced.
+inline void check_async_read(uint32_t i) {
+  check_read(i, this_clock());
+  check_fenced(i);
+}
+
 // ---- barriers that count arrivals and bytes (mbarrier) --------------------------------------------------------------
 
 struct Transfer {
@@ -146,31 +172,11 @@ inline void copy_box(uint32_t to, const TensorMap& map, uint32_t barrier_address
   Transfer transfer{&map, to, {at[0], at[1], at[2], at[3], at[4]}, ++machine.clocks[kEngine].of[kEngine]};
   for (uint32_t i = to / 4; i < (to + box_bytes(map)) / 4; ++i) {
     check_write(i, this_clock(), false);
+    check_fenced(i);
     ++machine.words[i].in_flight;
   }
   barrier.transfers.push_back(transfer);
   settle(barrier);
-}
-
-// ---- what threads have stored, for those who are none ---------------------------------------------------------------
-
-// fence.proxy.async: what the warp has stored so far may be read by the engine and by products.
-inline std::vector<uint32_t> fences[kWarps];
-
-inline void fence_stores() {
-  fences[this_warp()].push_back(this_clock().of[this_warp()]);
-  ++this_clock().of[this_warp()];
-}
-
-// That the engine, or a product, may read a word: like a thread, and only what has been fenced since it was stored.
-inline void check_async_read(uint32_t i) {
-  check_read(i, this_clock());
-  const Word& word = machine.words[i];
-  if (!word.written || word.writer == kEngine) return;
-  const auto& times = fences[word.writer];
-  const auto fence = std::lower_bound(times.begin(), times.end(), word.written);
-  if (fence == times.end() || *fence > this_clock().of[word.writer])
-    fail_at(i, "is read by a product or a copy without a fence after a thread stored it");
 }
 
 // ---- copies to global memory ----------------------------------------------------------------------------------------

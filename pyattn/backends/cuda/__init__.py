@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from pyattn.backends.cuda import launch
-from pyattn.backends.cuda.kernels import Kernel, columns_of, combine_kernel, hopper_kernel, kernel_of, preprocess_kernel, unordered
-from pyattn.backends.cuda.launch import Addresses, Launch, Map, arch_of, pack_numbers, run, unavailable
+from pyattn.backends.cuda.kernels import (
+    Kernel,
+    columns_of,
+    combine_kernel,
+    hopper_kernel,
+    kernel_of,
+    preprocess_kernel,
+    unordered,
+)
+from pyattn.backends.cuda.launch import Addresses, Launch, Map, Target, pack_numbers, run, target_of, unavailable
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, TensorMeta, empty_output, lse_shape, sink_gradient
 
 __all__ = [
@@ -158,8 +166,8 @@ def why_not(problem: Problem) -> list[str]:
     query = problem.query
     if query.device.type != launch.gpu.device_type:
         reasons.append(f"runs on GPU tensors, these are on {query.device.type}")
-    elif int(re.sub(r"\D", "", arch_of(query.device))) < 80:
-        reasons.append(f"needs compute capability 8.0, this GPU is {arch_of(query.device)}")
+    elif int(re.sub(r"\D", "", arch := target_of(query.device).arch)) < 80:
+        reasons.append(f"needs compute capability 8.0, this GPU is {arch}")
     if query.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"multiplies bfloat16 and float16, the input is {str(query.dtype).removeprefix('torch.')}")
     for name, meta in (("D", query), ("Dv", problem.value)):
@@ -186,13 +194,13 @@ def slower_than_triton(problem: Problem) -> bool:
 
     See ``benchmarks/results/nvidia-h100-80gb-hbm3`` and ``nvidia-h200``.
     """
-    if unavailable() or not arch_of(problem.device).startswith("sm_90"):
+    if unavailable() or (arch := target_of(problem.device).arch) != "sm_90a":
         return False
     few = _decode_rows(problem.spec, problem.query, problem.key, problem.packed) is not None
     if problem.op == "forward" and few:
         return False
     macros, _ = _common(problem, True)
-    return bool(not_for_hopper(problem, macros))
+    return bool(not_for_hopper(problem, macros, arch))
 
 
 def _slots(x: TensorMeta, cu_seqlens: TensorMeta | None, rows: int, block: int) -> dict[str, int]:
@@ -213,10 +221,10 @@ def _aligned(*addresses: int) -> bool:
 # ---- forward -------------------------------------------------------------------------------------------------
 
 
-def not_for_hopper(problem: Problem, macros: dict[str, int]) -> list[str]:
-    """Why the forward for sm_90a does not compute a call with many queries; then the one for sm_80 does."""
+def not_for_hopper(problem: Problem, macros: dict[str, int], arch: str) -> list[str]:
+    """Why the kernels for sm_90a do not compute a call; then those for sm_80 do, as with few queries."""
     reasons = []
-    if (arch := arch_of(problem.query.device)) != "sm_90a":
+    if arch != "sm_90a":
         reasons.append(f"needs sm_90a, this GPU is {arch}")
     if not macros["ALIGNED"]:
         reasons.append("needs rows that begin at multiples of 16 bytes")
@@ -241,7 +249,12 @@ def _map(name: str, meta: TensorMeta, rows: int) -> Map:
 
 
 def _hopper_launch(
-    op: str, problem: Problem, macros: dict[str, int], numbers: dict[str, Any], grad_out: TensorMeta | None = None
+    op: str,
+    problem: Problem,
+    target: Target,
+    macros: dict[str, int],
+    numbers: dict[str, Any],
+    grad_out: TensorMeta | None = None,
 ) -> Launch:
     """A kernel of hopper.cuh; ``numbers`` less what depends on its tiles."""
     spec, query, key, value = problem.spec, problem.query, problem.key, problem.value
@@ -256,13 +269,13 @@ def _hopper_launch(
     heads, num_other = tiled.shape[1], other.shape[0] if problem.packed else other.shape[2]
     shared = 2 * num_other * (query.shape[-1] + value.shape[-1]) * other.shape[1] / heads
     together = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * shared <= L2_BYTES))
-    # A block for each multiprocessor begins the next tile while it ends the last. Tiles under a causal mask take equally
-    # long in pairs, the longest with the shortest. Others that differ, or take very long, are handed out by the GPU.
+    # A block for each multiprocessor begins the next tile while it ends the last. Tiles under a causal mask take
+    # equally long in pairs, the longest with the shortest. Others that differ, or take very long, the GPU hands out.
     chunk = 2 if triangle else 1
     alike = not (problem.packed or problem.has("kv_lengths") or problem.has("kv_starts"))
     alike = alike and (not of_keys or num_other * query.shape[1] <= LONG_ITEM * heads)
     items = -(-slots["slots"] // chunk) * chunk * heads
-    blocks = min(items // chunk, launch.gpu.multiprocessors(query.device)) if alike else items // chunk
+    blocks = min(items // chunk, target.multiprocessors) if alike else items // chunk
     numbers = numbers | slots | {"items": items, "heads_together": together, "chunk": chunk}
     maps = [_map("query", query, rows[0]), _map("key", key, rows[1]), _map("value", value, rows[1])]
     if grad_out is not None:
@@ -278,7 +291,7 @@ class ForwardPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_plan(problem: Problem, out_stride: tuple[int, ...], aligned: bool) -> ForwardPlan:
+def forward_plan(problem: Problem, target: Target, out_stride: tuple[int, ...], aligned: bool) -> ForwardPlan:
     spec, query, key = problem.spec, problem.query, problem.key
     macros, numbers = _common(problem, aligned)
     numbers |= _strides("out", out_stride)
@@ -286,8 +299,8 @@ def forward_plan(problem: Problem, out_stride: tuple[int, ...], aligned: bool) -
     rows = _decode_rows(spec, query, key, problem.packed)
     num_splits = 1
     if rows is None:
-        if not not_for_hopper(problem, macros):
-            return ForwardPlan((_hopper_launch("forward", problem, macros, numbers),), 1)
+        if not not_for_hopper(problem, macros, target.arch):
+            return ForwardPlan((_hopper_launch("forward", problem, target, macros, numbers),), 1)
         kind = "forward"
     else:
         kind = "decode" if rows <= 16 else "tall decode"
@@ -314,7 +327,7 @@ def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
     lse = t.query.new_empty(lse_shape(t.query), dtype=torch.float32)
     addresses = _addresses(t, out, lse)
     problem = Problem.of("forward", spec, t)
-    plan = forward_plan(problem, out.stride(), _aligned(*addresses[:3]))
+    plan = forward_plan(problem, target_of(t.query.device), out.stride(), _aligned(*addresses[:3]))
     if plan.num_splits > 1:
         partial_lse = lse.new_empty((plan.num_splits, *lse.shape))
         partial_out = lse.new_empty((*partial_lse.shape, out.shape[-1]))
@@ -327,14 +340,18 @@ def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
 
 
 def _split_launches(
-    problem: Problem, macros: dict[str, int], ordered: bool, start: Callable[[Kernel, int, dict[str, int]], Launch]
+    problem: Problem,
+    arch: str,
+    macros: dict[str, int],
+    ordered: bool,
+    start: Callable[[Kernel, int, dict[str, int]], Launch],
 ) -> list[Launch]:
     """The kernels for sm_80 that find the gradients of query, key and value."""
     query, key = problem.query, problem.key
     head_dims = (query.shape[-1], problem.value.shape[-1])
     launches = []
     dkdv = kernel_of("dkdv", head_dims, macros)
-    both = None if ordered else unordered(dkdv, head_dims, macros, arch_of(query.device))
+    both = None if ordered else unordered(dkdv, head_dims, macros, arch)
     dkdv = both or dkdv
     slots = _slots(key, problem.meta("cu_seqlens_k"), 1, dkdv.tiles.BLOCK_N)
     if max(dkdv.BLOCK_D, dkdv.BLOCK_DV) > 192:  # the sums of both do not fit a thread's registers
@@ -351,13 +368,14 @@ def _split_launches(
 @functools.lru_cache(maxsize=4096)
 def backward_plan(
     problem: Problem,
+    target: Target,
     strides: tuple[tuple[int, ...], ...],  # of out, grad_out, grad_query, grad_key, grad_value
     mask_sizes: tuple[int, int, int, int] | None,  # of the mask whose gradient is asked for
     aligned: bool,
     ordered: bool = True,
 ) -> tuple[Launch, ...]:
     """One kind of call: all but its addresses."""
-    query, key = problem.query, problem.key
+    query = problem.query
     steps = _steps(query.shape, strides[0]) + _steps(query.shape, strides[1])
     macros, numbers = _common(problem, aligned and not any(x % 8 for x in steps))
     for name, stride in zip(("out", "grad_out", "grad_query", "grad_key", "grad_value"), strides, strict=True):
@@ -370,16 +388,17 @@ def backward_plan(
     preprocess = preprocess_kernel(head_dims[1], macros["BF16"], macros["ALIGNED"])
     rows = preprocess.ROWS * preprocess.threads // 32
     launches = [start(preprocess, -(-numbers["num_rows"] // rows), {"Lq": lse_shape(query)[-1]})]
-    if not not_for_hopper(problem, macros):
+    if not not_for_hopper(problem, macros, target.arch):
         grad_out = query._replace(shape=(*query.shape[:-1], head_dims[1]), stride=strides[1])
         kinds = [("dkdv", 3), ("dq", 3)]
         if sum(columns_of(head_dims)) > 256:  # as below
             kinds[:1] = [("dkdv", 1), ("dkdv", 2)]
         launches += [
-            _hopper_launch(op, problem, macros | {"GRADIENTS": gradients}, numbers, grad_out) for op, gradients in kinds
+            _hopper_launch(op, problem, target, macros | {"GRADIENTS": gradients}, numbers, grad_out)
+            for op, gradients in kinds
         ]
     else:
-        launches += _split_launches(problem, macros, ordered, start)
+        launches += _split_launches(problem, target.arch, macros, ordered, start)
     if mask_sizes is not None:
         dmask = kernel_of("dmask", head_dims, macros)
         B, H, Lq, Lk = mask_sizes
@@ -427,7 +446,7 @@ def backward(
     strides = tuple(x.stride() for x in (out, grad_out, *grads))
     aligned = _aligned(*addresses[:4], addresses.grad_out)
     ordered = spec.deterministic or torch.are_deterministic_algorithms_enabled()
-    launches = backward_plan(problem, strides, mask_sizes, aligned, ordered)
+    launches = backward_plan(problem, target_of(t.query.device), strides, mask_sizes, aligned, ordered)
     query_sums = None
     if any(launch.kernel.UNORDERED for launch in launches):
         query_sums = lse.new_zeros((*lse.shape, t.query.shape[-1]))
@@ -442,19 +461,18 @@ def backward(
 
 
 def describe(problem: Problem) -> str:
-    head_dims = (problem.query.shape[-1], problem.value.shape[-1])
     macros, _ = _common(problem, True)
-    arch = arch_of(problem.query.device)
-    missing = not_for_hopper(problem, macros)
+    target = target_of(problem.query.device)
+    arch, missing = target.arch, not_for_hopper(problem, macros, target.arch)
     older = f" (sm_80's kernels: {'; '.join(missing)})" if arch == "sm_90a" and missing else ""
     if problem.op == "backward":
         strides = (problem.query.stride,) * 3 + (problem.key.stride, problem.value.stride)
-        launches = backward_plan(problem, strides, None, True, problem.spec.deterministic)[1:]
+        launches = backward_plan(problem, target, strides, None, True, problem.spec.deterministic)[1:]
         tiles = {launch.kernel.name: launch.kernel.tiles for launch in launches}
         both = any(launch.kernel.UNORDERED for launch in launches)
         roles = ["keys, and queries in any order"] if both else ["keys", "queries"]
         return f"{arch}, {'; '.join(f'{role}: {t}' for role, t in zip(roles, tiles.values(), strict=True))}{older}"
-    plan = forward_plan(problem, problem.query.stride, True)
+    plan = forward_plan(problem, target, problem.query.stride, True)
     if plan.launches[0].kernel.ROWS > 1 or plan.num_splits > 1:
         older = ""
     parts = "" if plan.num_splits == 1 else f"{plan.num_splits} parts of {SPLIT} keys, "

@@ -82,7 +82,7 @@ TILES = {
 HOPPER_TILES = {
     "forward": (Tiles(192, 128, 16), Tiles(192, 96, 16), Tiles(128, 176, 12), Tiles(128, 112, 12), Tiles(128, 80, 12)),
     "short forward": (
-        Tiles(128, 128, 12),
+        Tiles(192, 128, 16),
         Tiles(192, 96, 16),
         Tiles(128, 128, 12),
         Tiles(128, 112, 12),

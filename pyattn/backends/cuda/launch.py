@@ -28,6 +28,13 @@ def arch_name(major: int, minor: int) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
+class Target(NamedTuple):
+    """What kernels are chosen for."""
+
+    arch: str
+    multiprocessors: int = 1
+
+
 class Gpu:
     """Where kernels run. The tests put an emulator in its place."""
 
@@ -49,11 +56,9 @@ class Gpu:
             return [f"NVRTC {nvrtc} makes code for a newer driver than this one, which is for CUDA {driver}"]
         return []
 
-    def arch(self, device: torch.device) -> str:
-        return arch_name(*torch.cuda.get_device_capability(device))
-
-    def multiprocessors(self, device: torch.device) -> int:
-        return torch.cuda.get_device_properties(device).multi_processor_count
+    def target(self, device: torch.device) -> Target:
+        properties = torch.cuda.get_device_properties(device)
+        return Target(arch_name(properties.major, properties.minor), properties.multi_processor_count)
 
     def cubin(self, file: str, defines: jit.Defines, arch: str) -> bytes:
         return jit.cubin(file, defines, arch)
@@ -66,8 +71,8 @@ gpu = Gpu()
 
 
 @functools.cache
-def arch_of(device: torch.device) -> str:
-    return gpu.arch(device)
+def target_of(device: torch.device) -> Target:
+    return gpu.target(device)
 
 
 def unavailable() -> list[str]:
@@ -78,7 +83,7 @@ def unavailable() -> list[str]:
 
 @functools.cache
 def loaded(kernel: Kernel, device: torch.device) -> Any:
-    code = gpu.cubin(kernel.file, kernel.defines, arch_of(device))
+    code = gpu.cubin(kernel.file, kernel.defines, target_of(device).arch)
     return _native.CudaKernel(code, kernel.name, kernel.threads, kernel.shared_bytes, device.index or 0)
 
 
