@@ -15,7 +15,17 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
 REGISTERS = 65536  # of a multiprocessor
 # Loads and stores in the inner loop of a plain kernel for want of registers: none but these. By kernel, GPU, D.
-SPILLS = {("forward", "sm_89", 64): 2}
+SPILLS = {
+    ("forward", "sm_89", 64): 2,
+    ("forward", "sm_120a", 64): 1,
+    ("dkdv", "sm_90a", 64): 23,
+    ("dkdv", "sm_90a", 128): 24,
+    ("dk", "sm_90a", 192): 13,
+    ("dk", "sm_90a", 256): 5,
+    ("dq", "sm_90a", 96): 24,
+    ("dq", "sm_90a", 192): 16,
+    ("dq", "sm_90a", 256): 24,
+}
 
 # By kernel: products of a tile of rows and one of keys over the D columns and over the Dv columns, and how often its
 # code copies rows of D and of Dv, keys of D and of Dv. What is worked on while the next one is copied is copied twice.

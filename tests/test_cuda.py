@@ -347,14 +347,13 @@ def test_triton_comes_first_where_it_was_faster(arch, monkeypatch):
     """On Hopper, where kernels for sm_80 compute more than a few queries."""
     monkeypatch.setattr(cuda, "unavailable", list)
     monkeypatch.setattr(cuda, "target_of", lambda device: launch.Target(arch))
-    older = {"causal": (), "decode": (), "packed": (), "tiles, dropout": ("forward", "backward"), "paged": ("forward",)}
-    for name, slower in older.items():
+    for name, unknown in {"causal": False, "decode": False, "packed": False, "tiles, dropout": True}.items():
         problem = pyattn.explain(**make_inputs(BY_NAME[name], torch.bfloat16)).problem
         on_gpu = [x and x._replace(device=torch.device("cuda", 0)) for x in problem.tensors]
         problem = problem._replace(tensors=tuple(on_gpu))
         for op in ("forward", "backward"):
-            triton_first = arch == "sm_90a" and (op in slower or (op == "backward" and name == "paged"))
-            assert dispatch.order(problem._replace(op=op))[0] == ("triton" if triton_first else "cuda"), (name, op)
+            first = "triton" if unknown and arch == "sm_90a" else "cuda"
+            assert dispatch.order(problem._replace(op=op))[0] == first, (name, op)
 
 
 def test_reasons_are_named(at_work):

@@ -85,7 +85,7 @@ constexpr int STAGE_BYTES = QueryTile::BYTES + GradTile::BYTES + Terms::BYTES;
 constexpr int KEYS_BYTES = KeyTile::BYTES + ValueTile::BYTES;
 constexpr int STAGES = KEYS_BYTES + 3 * STAGE_BYTES + BARRIERS_BYTES <= SHARED_LIMIT ? 3 : 2;
 
-enum Kind { ROW, KEY };  // a tile of rows, of which there are two, and that of keys
+enum Kind { ROW, KEY };  // of a stage; of the tile of keys
 
 struct Shared {  // where what lies
   KeyTile key{prim::shared_base()};
