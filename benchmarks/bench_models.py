@@ -2,10 +2,14 @@
 
 What is swapped is ``attention=``. Of a training step the time of its attention alone is measured, too: a call of each
 kind that the model makes, forward and backward. Generation attends over caches that hold as much as the context.
+Peaks of memory are those of a first training step, each in a process of its own.
 """
 
+import concurrent.futures
+import ctypes
 import itertools
 import math
+import multiprocessing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,12 +26,13 @@ DIM, HEADS, HEAD_DIM, KV_HEADS, VOCABULARY, NEW_TOKENS = 256, 4, 64, 2, 256, 8
 LAYERS = {"GPT": 4, "Transformer": 2}  # of the Transformer's encoder and decoder each
 MEMORY = 4 * 2**30  # for the longest context
 STEP = 512  # in which that is told
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class Cell(NamedTuple):
     threads: int
     model: str
-    op: str  # "training step", "generation" or "longest context"
+    op: str  # "training step", "generation", "peak memory" or "longest context"
     length: int  # of the text, and of the source; of the longest context the most that is tried
     batch: int = 1
     head_dim: int = HEAD_DIM
@@ -40,6 +45,7 @@ CONTEXTS = (512, 2048, 8192, 16384)
 GRID = [
     *(Cell(CORES, *cell) for cell in itertools.product(LAYERS, ("training step",), CONTEXTS)),
     *(Cell(CORES, *cell) for cell in itertools.product(LAYERS, ("generation",), CONTEXTS, (1, 16))),
+    *(Cell(CORES, *cell) for cell in itertools.product(LAYERS, ("peak memory",), CONTEXTS)),
     *(Cell(CORES, model, "longest context", 131072) for model in LAYERS),
 ]
 QUICK = [cell for cell in GRID if cell.length == 512]
@@ -108,11 +114,8 @@ def absent(cell: Cell) -> dict[str, str]:
 def train(cell: Cell, benchmark: Any) -> dict[str, Any]:
     missing = absent(cell)
     names = [name for name in NAMES if name not in missing]
-    losses, memory = {}, {}
     steps = {name: training_step(cell, name, cell.length) for name in names}
-    for name, step in steps.items():
-        losses[name] = step().item()  # also the optimizer's state, and code that is touched for the first time
-        memory[name] = measure.peak_extra_memory(step)
+    losses = {name: step().item() for name, step in steps.items()}
     assert max(losses.values()) - min(losses.values()) < 1e-4, f"they compute something else: {losses}"
     rounds = 3 if cell.length >= 8192 else 7
     times = measure.alternate(steps, rounds=rounds, min_time=1.0)
@@ -123,13 +126,42 @@ def train(cell: Cell, benchmark: Any) -> dict[str, Any]:
         "speedup": {name: significant(times.ratio(name, "pyattn")) for name in names if name != "pyattn"},
         "attention_microseconds": {name: significant(alone.median(name) * 1e6) for name in names},
         "attention_speedup": {name: significant(alone.ratio(name, "pyattn")) for name in names if name != "pyattn"},
-        "peak_extra_bytes": memory,
         "absent": missing,
         "rounds": rounds,
     }
 
 
-# ---- the longest context -----------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def in_new_process(function: Callable[..., int], *arguments: Any) -> int:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_of_step(cell: Cell, name: str, length: int) -> int:
+    """Bytes of a first training step.
+
+    malloc keeps freed blocks below a limit that grows to 32 MB, so that below a context of 32768 their holes would
+    count, and above not; with a limit that does not grow, what is freed is gone.
+    """
+    torch.set_num_threads(cell.threads)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    training_step(cell, name, 64)()  # code that is touched for the first time
+    return measure.peak_extra_memory(training_step(cell, name, length)) or 0
+
+
+def remember(cell: Cell, benchmark: Any) -> dict[str, Any]:
+    missing = absent(cell)
+    names = [name for name in NAMES if name not in missing]
+    peaks = {name: in_new_process(peak_of_step, cell, name, cell.length) for name in names}
+    benchmark.pedantic(lambda: None, rounds=1)
+    return {"peak_extra_bytes": peaks, "absent": missing}
+
+
+def find_longest(cell: Cell, benchmark: Any) -> dict[str, Any]:
+    benchmark.pedantic(lambda: None, rounds=1)
+    return {"longest": {name: longest(cell, name) for name in NAMES}}
 
 
 def longest(cell: Cell, name: str) -> dict[str, int]:
@@ -139,7 +171,7 @@ def longest(cell: Cell, name: str) -> dict[str, int]:
     """
 
     def peak(length: int) -> int:
-        return measure.peak_extra_memory(training_step(cell, name, length)) or 0
+        return in_new_process(peak_of_step, cell, name, length)
 
     peaks = {length: peak(length) for length in (2048, 4096)}
     while True:
@@ -207,13 +239,10 @@ def generate(cell: Cell, benchmark: Any) -> dict[str, Any]:
     }
 
 
+OPS = {"training step": train, "generation": generate, "peak memory": remember, "longest context": find_longest}
+
+
 def test_models(cell: Cell, cells: list[dict[str, Any]], benchmark: Any) -> None:
-    made: dict[str, Any]
-    if cell.op == "longest context":
-        if measure.peak_extra_memory(lambda: None) is None:
-            return  # the system does not tell
-        made = {"longest": {name: longest(cell, name) for name in NAMES}}
-        benchmark.pedantic(lambda: None, rounds=1)
-    else:
-        made = (train if cell.op == "training step" else generate)(cell, benchmark)
-    cells.append(cell._asdict() | {"isa": cpu().isa()} | made)
+    if OPS[cell.op] in (remember, find_longest) and measure.peak_extra_memory(lambda: None) is None:
+        return  # the system does not tell
+    cells.append(cell._asdict() | {"isa": cpu().isa()} | OPS[cell.op](cell, benchmark))

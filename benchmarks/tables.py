@@ -132,9 +132,11 @@ def multihead_rows(cells: list[Cell]) -> list[Row]:
 
 def models_rows(cells: list[Cell]) -> list[Row]:
     peers = ("torch SDPA", "naive")
+    peaks = {(cell["model"], cell["length"]): cell["peak_extra_bytes"] for cell in select(cells, op="peak memory")}
 
     def row(cell: Cell) -> Row:
-        alone, memory = cell.get("attention_speedup", {}), cell.get("peak_extra_bytes", {})
+        alone = cell.get("attention_speedup", {})
+        memory = peaks.get((cell["model"], cell["length"]), {}) if cell["op"] == "training step" else {}
         rates = cell.get("tokens_per_second", {})
         return (
             {"": f"{cell['model']}, {cell['op']}", "context": str(cell["length"]), "batch": str(cell["batch"])}

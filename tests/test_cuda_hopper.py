@@ -313,6 +313,23 @@ def test_what_they_do_not_know_falls_to_the_kernels_for_sm_80(at_work):
         assert (reason is None or f"sm_80's kernels: {reason}" in text) and ("sm_80" in text) == bool(reason), text
 
 
+def test_expanded_tensors(at_work):
+    """Keys that heads share by a stride of 0 fall to the kernels for sm_80, and a gradient is made dense."""
+    case = Case("expanded", B=1, Hq=4, Hkv=4, Lq=100, Lk=100, D=64)
+    kwargs = make_inputs(case, torch.float16, requires_grad=True)
+    shared = dict(kwargs)
+    for name in ("key", "value"):
+        one = kwargs[name].detach()[:, :1]
+        shared[name] = one.expand(-1, 4, -1, -1).requires_grad_()
+        kwargs[name] = shared[name].detach().contiguous().requires_grad_()
+    kernels, grad = Kernels("cuda", torch.float16), torch.randn(1, 4, 1, 64, dtype=torch.float16)
+    grads = {"out": grad.expand(1, 4, 100, 64)}
+    assert "not expanded" in str(pyattn.explain(**shared, backend="cuda"))
+    found, expected = (kernels.results(x, ("out",), grads) for x in (shared, kwargs))
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], atol=2e-3, rtol=2e-2)
+
+
 def test_a_gpu_that_is_not_hopper_has_the_kernels_for_sm_80():
     with emulator.installed(arch="sm_100a"):
         problem = pyattn.explain(**make_inputs(BY_NAME["causal"], torch.bfloat16)).problem

@@ -234,6 +234,9 @@ def not_for_hopper(problem: Problem, macros: dict[str, int], arch: str) -> list[
         reasons.append("knows no dropout")
     if not math.prod(problem.key.shape):
         reasons.append("needs at least one key")
+    tensors = (problem.query, problem.key, problem.value)
+    if any(step == 0 for meta in tensors for step in _steps(meta.shape, meta.stride)):
+        reasons.append("needs tensors that are not expanded")  # TMA knows no stride of 0
     return reasons
 
 
@@ -411,7 +414,8 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of qu
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """With elements of a row side by side, and not expanded."""
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
 def backward(
