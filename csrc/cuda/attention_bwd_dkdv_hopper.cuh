@@ -107,7 +107,6 @@ struct Shared {  // where what lies
         prim::barrier_init(full(kind, stage), kind == ROW ? 3 : 2);  // query, grad_out, terms; key, value
         prim::barrier_init(empty(kind, stage), CONSUMER_WARPS);
       }
-    prim::barrier_init_fence();
   }
 };
 
@@ -339,13 +338,5 @@ DEV void consume(const Params& p, const Shared& shared) {
 
 KERNEL_ALONE(attention_bwd_dkdv_hopper, MappedParams) {
   const Shared shared;
-  if (prim::thread() == 0) shared.init();
-  prim::sync();
-  if (prim::thread() < 128) {
-    prim::give_registers<PRODUCER_REGISTERS>();
-    if (prim::thread() < 32) produce(p, shared);
-  } else {
-    prim::take_registers<CONSUMER_REGISTERS>();
-    consume(p.params, shared);
-  }
+  run_roles(shared, [&] { produce(p, shared); }, [&] { consume(p.params, shared); });
 }

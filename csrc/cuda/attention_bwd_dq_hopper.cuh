@@ -54,15 +54,8 @@ struct Shared {  // where what lies
         prim::barrier_init(full(kind, stage), kind == ROW ? 2 : 1);
         prim::barrier_init(empty(kind, stage), CONSUMER_WARPS);
       }
-    prim::barrier_init_fence();
   }
 };
-
-// Under a causal mask the last rows see most: they come first.
-DEV int first_row_of(const Item& item) { return (item.num_tiles - 1 - item.tile) * BLOCK_M; }
-DEV Tiles tiles_of(const Item& item, int first_row) {
-  return key_tiles(item.s, first_row, smaller(first_row + BLOCK_M, item.s.Lq) - 1);
-}
 
 DEV void produce(const MappedParams& maps, const Shared& shared) {
   const Params& p = maps.params;
@@ -74,7 +67,7 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
   for_items(p, false, [&](const Item& item) {
     const Sample& s = item.s;
     const int first_row = first_row_of(item), key_head = item.head / (p.Hq / p.Hkv), b = packed ? 0 : s.b;
-    const Tiles tiles = tiles_of(item, first_row);
+    const Tiles tiles = key_tiles_of(item);
     prim::barrier_wait(shared.empty(ROW, 0), row_at.parity ^ 1);
     producer.copy(shared.query, maps.query, shared.full(ROW, 0), s.first_q + first_row, item.head, b);
     producer.copy(shared.grad_out, maps.grad_out, shared.full(ROW, 0), s.first_q + first_row, item.head, b);
@@ -105,7 +98,7 @@ DEV void consume(const Params& p, const Shared& shared) {
   for_items(p, false, [&](const Item& item) {
     const Sample& s = item.s;
     const int first_row = first_row_of(item);
-    const Tiles tiles = tiles_of(item, first_row);
+    const Tiles tiles = key_tiles_of(item);
     const float slope = slope_of(p, s.b, item.head);
     float lse[2], delta[2];
 #pragma unroll
@@ -209,13 +202,5 @@ DEV void consume(const Params& p, const Shared& shared) {
 
 KERNEL_ALONE(attention_bwd_dq_hopper, MappedParams) {
   const Shared shared;
-  if (prim::thread() == 0) shared.init();
-  prim::sync();
-  if (prim::thread() < 128) {
-    prim::give_registers<PRODUCER_REGISTERS>();
-    if (prim::thread() < 32) produce(p, shared);
-  } else {
-    prim::take_registers<CONSUMER_REGISTERS>();
-    consume(p.params, shared);
-  }
+  run_roles(shared, [&] { produce(p, shared); }, [&] { consume(p.params, shared); });
 }

@@ -59,15 +59,8 @@ struct Shared {  // where what lies
         prim::barrier_init(full(kind, stage), 1);
         prim::barrier_init(empty(kind, stage), CONSUMER_WARPS);
       }
-    prim::barrier_init_fence();
   }
 };
-
-// Under a causal mask the last rows see most: they come first.
-DEV int first_row_of(const Item& item) { return (item.num_tiles - 1 - item.tile) * BLOCK_M; }
-DEV Tiles tiles_of(const Item& item, int first_row) {
-  return key_tiles(item.s, first_row, smaller(first_row + BLOCK_M, item.s.Lq) - 1);
-}
 
 DEV void produce(const MappedParams& maps, const Shared& shared) {
   const Params& p = maps.params;
@@ -78,7 +71,7 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
   for_items(p, false, [&](const Item& item) {
     const Sample& s = item.s;
     const int first_row = first_row_of(item), key_head = item.head / (p.Hq / p.Hkv), b = packed ? 0 : s.b;
-    const Tiles tiles = tiles_of(item, first_row);
+    const Tiles tiles = key_tiles_of(item);
     int first_key = tiles.begin;
     // The first keys before the query, whose place an output may still need.
     do {
@@ -114,7 +107,7 @@ DEV void consume(const Params& p, const Shared& shared) {
   for_items(p, false, [&](const Item& item) {
     const Sample& s = item.s;
     const int first_row = first_row_of(item);
-    const Tiles tiles = tiles_of(item, first_row);
+    const Tiles tiles = key_tiles_of(item);
     Rows<1> rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -187,13 +180,5 @@ DEV void consume(const Params& p, const Shared& shared) {
 
 KERNEL_ALONE(attention_fwd_hopper, MappedParams) {
   const Shared shared;
-  if (prim::thread() == 0) shared.init();
-  prim::sync();
-  if (prim::thread() < 128) {
-    prim::give_registers<PRODUCER_REGISTERS>();
-    if (prim::thread() < 32) produce(p, shared);
-  } else {
-    prim::take_registers<CONSUMER_REGISTERS>();
-    consume(p.params, shared);
-  }
+  run_roles(shared, [&] { produce(p, shared); }, [&] { consume(p.params, shared); });
 }

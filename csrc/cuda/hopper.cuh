@@ -199,8 +199,34 @@ DEV void for_items(const Params& p, bool of_keys, Visit visit) {
     }
 }
 
+// Of an item of queries. Under a causal mask the last rows see most: they come first.
+DEV int first_row_of(const Item& item) { return (item.num_tiles - 1 - item.tile) * BLOCK_M; }
+DEV Tiles key_tiles_of(const Item& item) {
+  const int first_row = first_row_of(item);
+  return key_tiles(item.s, first_row, smaller(first_row + BLOCK_M, item.s.Lq) - 1);
+}
+
 // Whether what is in memory of a tile of keys is in use: beyond a tensor TMA finds zeros.
 DEV bool only_keys_in_use(const Params& p, const Sample& s, int first_key) {
   const int in_memory = p.cu_seqlens_k ? p.total_k - s.first_k : s.Lk;
   return first_key >= s.start && smaller(first_key + BLOCK_N, in_memory) <= s.length;
+}
+
+// ---- roles --------------------------------------------------------------------------------------------------------
+
+// What a block does, from its first instruction on.
+template <class Shared, class Produce, class Consume>
+DEV void run_roles(const Shared& shared, Produce produce, Consume consume) {
+  if (prim::thread() == 0) {
+    shared.init();
+    prim::barrier_init_fence();
+  }
+  prim::sync();
+  if (prim::thread() < 128) {
+    prim::give_registers<PRODUCER_REGISTERS>();
+    if (prim::thread() < 32) produce();
+  } else {
+    prim::take_registers<CONSUMER_REGISTERS>();
+    consume();
+  }
 }
