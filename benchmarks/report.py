@@ -180,7 +180,7 @@ SUITES = {
         "float32. A GPT of 4 blocks, 4 heads on 2, and a Transformer of 2 and 2 layers, 4 heads, source and target as "
         "long as the context; width 256, vocabulary 256, batch 1 in training. A training step is forward, backward and "
         "update; attention: the same calls of attention alone, forward and backward. Generation is greedy, over caches "
-        "that hold the context.",
+        "that hold the context. MB: the peak of a first training step, in a process of its own.",
         Plot(
             "Whole models: lower is faster",
             {
@@ -202,7 +202,7 @@ SUITES = {
         "Losses beside those of naive attention: the largest difference so far",
         tables.losses_rows,
         "The same examples, `--quick --steps 200`, one seed, float32. Training enlarges differences of rounding: naive "
-        "attention on another number of threads, which adds up in another order, is as far from itself.",
+        "attention on one thread, which adds up in another order but in the GPT, is as far from itself.",
     ),
     "embeddings": Suite(
         "Embeddings by all-MiniLM-L6-v2",
