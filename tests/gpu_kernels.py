@@ -20,7 +20,8 @@ import pyattn
 from pyattn import dispatch
 from pyattn.backends import cuda, triton
 from pyattn.backends.cuda import kernels as cuda_kernels
-from pyattn.testing import OUTPUTS, Case, check_case, forward_and_gradients, make_inputs, run
+from pyattn.backends.cuda import launch
+from pyattn.testing import CASES, OUTPUTS, Case, check_case, forward_and_gradients, make_inputs, run
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -99,6 +100,18 @@ class Kernels(NamedTuple):
             assert max(case.D, case.Dv or 0) > MAX_HEAD_DIM, reasons  # skips hide no hole
             pytest.skip("; ".join(reasons))
         check_case(self.results(kwargs, through), case, self.dtype, through)
+
+
+def assert_modes_give_the_same_bits() -> None:
+    """Of the emulator, which is at work."""
+    (case,) = (case for case in CASES if case.name == "tiles, gqa")
+    kwargs = make_inputs(case, torch.bfloat16, requires_grad=True)
+    found = []
+    for racing, seed in ((False, 0), (True, 1), (True, 2)):
+        launch.gpu.configure(racing, seed)  # type: ignore[attr-defined]
+        found.append(Kernels("cuda", torch.bfloat16).results(kwargs, OUTPUTS))
+    assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
 
 
 TWO_TYPES = [

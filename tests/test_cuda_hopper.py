@@ -5,14 +5,12 @@ On a Hopper GPU ``test_cuda.py`` runs them. The emulator's are small tiles in mo
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from unittest import mock
 
 import emulator
 import pytest
 import torch
-from gpu_kernels import MAX_HEAD_DIM, ON_GPU, Kernels, assert_same_bits
+from gpu_kernels import MAX_HEAD_DIM, ON_GPU, Kernels, assert_modes_give_the_same_bits, assert_same_bits
 
 import pyattn
 from pyattn.backends import cuda
@@ -33,8 +31,7 @@ def not_for_hopper(case):
     """Why a case's forward is not computed by the kernels tested here."""
     problem = pyattn.explain(**make_inputs(case, torch.bfloat16)).problem
     macros, _ = cuda._common(problem, True)
-    few = cuda._decode_rows(problem.spec, problem.query, problem.key, problem.packed) is not None
-    return ["few queries"] if few else cuda.not_for_hopper(problem, macros, "sm_90a")
+    return ["few queries"] if cuda._few_queries(problem) else cuda.not_for_hopper(problem, macros, "sm_90a")
 
 
 # With few queries only the backward is theirs.
@@ -167,13 +164,7 @@ def test_sequences_beside_each_other_do_not_meet(racing, at_work, small_tiles):
 
 
 def test_modes_do_not_change_the_bits(at_work, small_tiles):
-    kwargs = make_inputs(BY_NAME["tiles, gqa"], torch.bfloat16, requires_grad=True)
-    found = []
-    for racing, seed in ((False, 0), (True, 1), (True, 2)):
-        launch.gpu.configure(racing, seed)
-        found.append(Kernels("cuda", torch.bfloat16).results(kwargs, OUTPUTS))
-    assert_same_bits(found[1], found[0])
-    assert_same_bits(found[2], found[0])
+    assert_modes_give_the_same_bits()
 
 
 # ---- mutants -----------------------------------------------------------------------------------------------
@@ -249,22 +240,10 @@ QUICK_MUTANTS = (
 EXTRA = {"persistent": Case("persistent", B=1, Hq=4, Hkv=2, Lq=400, Lk=300, D=64, causal=True)}
 
 
-@pytest.fixture
-def sources(tmp_path):
-    """A copy of the kernels, to be changed."""
-    return Path(shutil.copytree(emulator.ROOT / "csrc" / "cuda", tmp_path / "cuda"))
-
-
-def plant(sources, file, old, new):
-    text = (sources / file).read_text()
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
-    (sources / file).write_text(text.replace(old, new))
-
-
 @pytest.mark.parametrize("mutant", some(MUTANTS, QUICK_MUTANTS))
-def test_a_mutant_is_caught(mutant, sources, small_tiles):
+def test_a_mutant_is_caught(mutant, tmp_path, small_tiles):
     file, old, new, case, complaint = MUTANTS[mutant]
-    plant(sources, file, old, new)
+    sources = emulator.plant(tmp_path / "cuda", file, old, new)
     with (
         emulator.installed(sources, arch="sm_90a"),
         pytest.raises((AssertionError, RuntimeError), match=complaint),
@@ -273,8 +252,8 @@ def test_a_mutant_is_caught(mutant, sources, small_tiles):
             check((BY_NAME | EXTRA)[case], torch.float16, racing, backward=file != FWD)
 
 
-def test_nan_that_comes_into_a_product_is_caught(sources, small_tiles):
-    plant(sources, "hopper.cuh", "if (row < begin || row >= end)", "if (row < 0)")
+def test_nan_that_comes_into_a_product_is_caught(tmp_path, small_tiles):
+    sources = emulator.plant(tmp_path / "cuda", "hopper.cuh", "if (row < begin || row >= end)", "if (row < 0)")
     with emulator.installed(sources, arch="sm_90a"), pytest.raises(AssertionError, match="differ"):
         assert_same_bits(*results_with_nan())
 
@@ -298,7 +277,7 @@ def test_kernels_fit_the_gpu():
 def test_what_they_do_not_know_falls_to_the_kernels_for_sm_80(at_work):
     for name, reason in {
         "causal": None,
-        "paged": "knows no pages",
+        "paged, many queries": "knows no pages",
         "tiles, dropout": "knows no dropout",
         "head dim 33": "needs rows that begin at multiples of 16 bytes",
     }.items():

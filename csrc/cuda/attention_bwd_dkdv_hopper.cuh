@@ -317,7 +317,7 @@ DEV void consume(const Params& p, const Shared& shared) {
         }
         prim::products_wait<0>(scores.weights, scores.grads, grad_key.x, grad_value.x);
         release(shared.empty(ROW, at.stage));
-        at.next(), used_at.next();
+        at.next();
       } while (rows.next());
     }
 

@@ -95,25 +95,24 @@ void store_shared(uint32_t address, const T& x) {
   memcpy(to, &x, sizeof(T));
 }
 
+template <class T>
+void load_shared_as(T& x, uint32_t address) {
+  const unsigned char* from = emulator::shared_at(address, sizeof(T), sizeof(T));
+  emulator::watch_read(address, sizeof(T));
+  memcpy(&x, from, sizeof(T));
+}
+
 DEV float load_shared(uint32_t address) {
-  const unsigned char* from = emulator::shared_at(address, 4, 4);
-  emulator::watch_read(address, 4);
   float x;
-  memcpy(&x, from, 4);
+  load_shared_as(x, address);
   return x;
 }
 
-DEV void load_shared(uint32_t address, float (&x)[2]) {
-  const unsigned char* from = emulator::shared_at(address, 8, 8);
-  emulator::watch_read(address, 8);
-  memcpy(x, from, 8);
-}
+DEV void load_shared(uint32_t address, float (&x)[2]) { load_shared_as(x, address); }
 
 DEV Words load_shared_words(uint32_t address) {
-  const unsigned char* from = emulator::shared_at(address, 16, 16);
-  emulator::watch_read(address, 16);
   Words x;
-  memcpy(&x, from, 16);
+  load_shared_as(x, address);
   return x;
 }
 

@@ -189,6 +189,10 @@ def _decode_rows(spec: AttentionSpec, query: Any, key: Any, packed: bool) -> int
     return rows if rows <= DECODE_ROWS else None
 
 
+def _few_queries(problem: Problem) -> bool:
+    return _decode_rows(problem.spec, problem.query, problem.key, problem.packed) is not None
+
+
 def slower_than_triton(problem: Problem) -> bool:
     """As measured on Hopper: where the kernels for sm_80 compute more than a few queries.
 
@@ -196,8 +200,7 @@ def slower_than_triton(problem: Problem) -> bool:
     """
     if unavailable() or (arch := target_of(problem.device).arch) != "sm_90a":
         return False
-    few = _decode_rows(problem.spec, problem.query, problem.key, problem.packed) is not None
-    if problem.op == "forward" and few:
+    if problem.op == "forward" and _few_queries(problem):
         return False
     macros, _ = _common(problem, True)
     return bool(not_for_hopper(problem, macros, arch))
@@ -477,7 +480,6 @@ def describe(problem: Problem) -> str:
         roles = ["keys, and queries in any order"] if both else ["keys", "queries"]
         return f"{arch}, {'; '.join(f'{role}: {t}' for role, t in zip(roles, tiles.values(), strict=True))}{older}"
     plan = forward_plan(problem, target, problem.query.stride, True)
-    if plan.launches[0].kernel.ROWS > 1 or plan.num_splits > 1:
-        older = ""
+    older = "" if _few_queries(problem) else older
     parts = "" if plan.num_splits == 1 else f"{plan.num_splits} parts of {SPLIT} keys, "
     return f"{arch}, {parts}{plan.launches[0].kernel.tiles}{older}"
