@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,34 +44,38 @@ def main() -> None:
     environment = store.environment("python benchmarks/systems.py")
     for part, system in itertools.product(args.parts, args.only):
         path = args.results / environment["device"] / ("losses.json" if part == "losses" else "systems.json")
-        cells = json.loads(path.read_text())["cells"] if path.exists() else []
-        common = {"part": part, "system": system, "threads": torch.get_num_threads()}
-        made = [row | common for row in PARTS[part](system)]
-        others = [cell for cell in cells if (cell["part"], cell["system"]) != (part, system)]
-        store.save(path, environment, others + made)
-        print(f"{system}: {path}", flush=True)  # a run takes minutes: what is there is kept
+        common = {"part": part, "system": system, "threads": torch.get_num_threads(), "isa": environment["isa"]}
+        for row in PARTS[part](system):  # a run takes minutes: what is there is kept
+            keep(path, environment, row | common)
+            print(f"{system}: {path}", flush=True)
 
 
-def train_seeds(system: str) -> list[dict[str, Any]]:
-    runs = [(attention, seed) for attention, seeds in SEEDS.items() for seed in seeds]
-    return [without_losses(run(f"{SYSTEMS[system]} --attention {name} --seed {seed}")) for name, seed in runs]
+def keep(path: Path, environment: dict[str, Any], made: dict[str, Any]) -> None:
+    """Writes a row among those of earlier runs, in the place of one that the same command made of the same model."""
+    cells = json.loads(path.read_text())["cells"] if path.exists() else []
+    rows = {tuple(map(cell.get, ("part", "system", "command", "model"))): cell for cell in [*cells, made]}
+    store.save(path, environment, list(rows.values()))
 
 
-def compare_losses(system: str) -> list[dict[str, Any]]:
+def train_seeds(system: str) -> Iterator[dict[str, Any]]:
+    for attention, seeds in SEEDS.items():
+        for seed in seeds:
+            yield without_losses(run(f"{SYSTEMS[system]} --attention {attention} --seed {seed}"))
+
+
+def compare_losses(system: str) -> Iterator[dict[str, Any]]:
     """The largest difference up to each of STEPS, among all models that the example trains."""
     command = f"{SYSTEMS[system]} {SHORT} --attention"
     base = losses(run(f"{command} naive"))
-    rows = []
     for other in ("pyattn", "naive --threads 1"):
         metrics = run(f"{command} {other}")
         pairs = [(base[name], others) for name, others in losses(metrics).items()]
         largest = {n: max(abs(a - b) for x, y in pairs for a, b in zip(x[:n], y[:n], strict=True)) for n in STEPS}
         rounded = {n: float(f"{difference:.2g}") for n, difference in largest.items()}
-        rows.append({"attention": other, "largest difference": rounded, "command": metrics["command"]})
-    return rows
+        yield {"attention": other, "largest difference": rounded, "command": metrics["command"]}
 
 
-def time_steps(system: str) -> list[dict[str, Any]]:
+def time_steps(system: str) -> Iterator[dict[str, Any]]:
     """Milliseconds of a step, of each model that the example trains; ratios of runs beside each other, the median."""
     took: dict[str, dict[str, list[float]]] = {}
     for _ in range(ROUNDS):
@@ -79,18 +84,14 @@ def time_steps(system: str) -> list[dict[str, Any]]:
             for model, about in trainings(metrics).items():
                 milliseconds = 1e3 * about["training seconds"] / about["steps"]
                 took.setdefault(model, {}).setdefault(name, []).append(milliseconds)
-    return [
-        {
+    for model, times in took.items():
+        ratios = {name: map(operator.truediv, times[name], times["pyattn"]) for name in ("torch", "naive")}
+        yield {
             "model": model,
             "milliseconds": {name: round(statistics.median(all_), 2) for name, all_ in times.items()},
-            "speedup": {
-                name: round(statistics.median(map(operator.truediv, times[name], times["pyattn"])), 3)
-                for name in ("torch", "naive")
-            },
+            "speedup": {name: round(statistics.median(ratio), 3) for name, ratio in ratios.items()},
             "rounds": ROUNDS,
         }
-        for model, times in took.items()
-    ]
 
 
 PARTS = {"systems": train_seeds, "steps": time_steps, "losses": compare_losses}

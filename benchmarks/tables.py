@@ -206,18 +206,19 @@ def systems_rows(cells: list[Cell]) -> list[Row]:
         steps = {c["model"]: c["speedup"] for c in cells if c["system"] == system and c["part"] == "steps"}
         if not runs:
             continue  # only timed
-        ours, (naive,) = ([run for run in runs if run["attention"] == name] for name in ("pyattn", "naive"))
-        minutes = [run["seconds"] / 60 for run in ours]
-        for name, (metric, baselines, value, digits, model) in scores(naive).items():
+        minutes = [run["seconds"] / 60 for run in runs if run["attention"] == "pyattn"]
+        for name, (metric, baselines, _, digits, model) in scores(runs[0]).items():
+            values: dict[str, list[str]] = {"pyattn": [], "naive": []}
+            for run in runs:
+                values[run["attention"]].append(f"{scores(run)[name].value:.{digits}f}")
             ratios = steps.get(model, {})
             rows.append(
                 {"": name, "metric": metric}
                 | {"baselines": ", ".join(f"{base} {x:.{digits}f}" for base, x in baselines.items())}
-                | {"pyattn, by seed": ", ".join(f"{scores(run)[name].value:.{digits}f}" for run in ours)}
-                | {"naive": f"{value:.{digits}f}"}
+                | {"pyattn, by seed": ", ".join(values["pyattn"]), "naive": ", ".join(values["naive"])}
                 | {f"step over {peer}": f"{x:.2f}x" if (x := ratios.get(peer)) else "" for peer in ("torch", "naive")}
                 | {"minutes, all of it": f"{min(minutes):.1f} to {max(minutes):.1f}"}
-                | {"command": f"`{naive['command'].partition(' --attention')[0]}`"}
+                | {"command": f"`{runs[0]['command'].partition(' --attention')[0]}`"}
             )
     return rows
 

@@ -21,7 +21,7 @@ from pyattn.models.forecast import mase, windows
 
 checks.require_extra("models", "matplotlib", "rich", "safetensors", "sklearn")
 
-SIZE = {"dim": 96, "heads": 4, "layers": 3, "dropout": 0.2}
+SIZE = {"dim": 64, "heads": 4, "layers": 2, "dropout": 0.2}
 BATCH, LEARNING_RATE = 64, 1e-3
 HELD_OUT, VALIDATION = 0.2, 0.1  # of a series
 
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         season = args.season
         tasks = [Task(s, 4 * season, season, max(1, season // 4)) for s in data.read_series(args.data, season)]
     else:
-        tasks = [Task(data.taylor(), 7 * 48, 48, 24, 3000), Task(data.elnino(), 5 * 12, 12, 6, 400)]
+        tasks = [Task(data.taylor(), 7 * 48, 48, 24, 1500), Task(data.elnino(), 5 * 12, 12, 6, 400)]
     for task in tasks:
         check(task)
     results = [forecast(args, task) for task in tasks]

@@ -48,6 +48,7 @@ def classify(args: argparse.Namespace, name: str, images: Sequence[data.Image]) 
 
     channels, side = train[0].shape[1], train[0].shape[-1]
     about = SIZE | {"classes": len(classes), "image": (side, side), "patch": PATCH[side], "channels": channels}
+    about |= {"mean": train[0].mean().item(), "std": train[0].std().item()}
     torch.manual_seed(args.seed)
     model = make(about | {"attention": args.attention})
     generator = torch.Generator().manual_seed(args.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -82,3 +83,22 @@ def test_a_row_for_each_model(monkeypatch):
     )
     assert a["minutes, all of it"] == "1.0 to 2.0" and a["command"] == "`python examples/vit.py`"
     assert (gpt["baselines"], gpt["pyattn, by seed"], gpt["step over naive"]) == ("gzip 2.500", "1.250", "3.00x")
+
+
+def test_rows_of_earlier_runs_are_kept(tmp_path, monkeypatch):
+    """But for one of the same command and model, whose place a new one takes."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import systems
+
+    def rows():
+        return [(cell["system"], cell["seed"], cell["seconds"]) for cell in json.loads(path.read_text())["cells"]]
+
+    path = tmp_path / "device" / "systems.json"
+    for row in (run("vit", "pyattn", 0), run("vit", "pyattn", 1), run("gpt", "pyattn", 0)):
+        systems.keep(path, {"isa": "avx2"}, row)
+    assert rows() == [("vit", 0, 60.0), ("vit", 1, 120.0), ("gpt", 0, 60.0)]
+    systems.keep(path, {"isa": "avx2"}, run("vit", "pyattn", 0) | {"seconds": 5.0})
+    assert rows() == [("vit", 0, 5.0), ("vit", 1, 120.0), ("gpt", 0, 60.0)]
+    for model in "ab":
+        systems.keep(path, {"isa": "avx2"}, {"part": "steps", "system": "vit", "seed": 0, "seconds": 1, "model": model})
+    assert len(rows()) == 5

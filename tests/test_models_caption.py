@@ -69,6 +69,12 @@ def test_each_image_gets_its_own_text(attention):
         assert model.write(images, 8, beams=3, end=end)[b] == model.write(images[b : b + 1], 8, beams=3, end=end)[0]
 
 
+def test_pixels_are_standardised():
+    images, texts = torch.rand(2, 3, 8, 12).double(), torch.randint(3, 40, (2, 5))
+    model = model_of(mean=0.3, std=0.2)
+    torch.testing.assert_close(model(images, texts), model_of()((images - 0.3) / 0.2, texts))
+
+
 def test_what_a_token_looks_at_is_a_part_of_the_image():
     model, (images, texts) = model_of(), data_of(2)
     looks = model.looks(images, texts)

@@ -67,6 +67,17 @@ def test_a_forecast_is_on_the_scale_of_its_past(scale, level):
     torch.testing.assert_close(made / scale, expected / scale, rtol=1e-6, atol=1e-6)
 
 
+def test_a_linear_map_of_the_whole_past_is_added():
+    model, past = model_of(), series_of(2, 30)
+    with torch.no_grad():
+        model.linear.weight.zero_()
+        attended = model(past)
+        model.linear.weight[3, 0] = 1  # the fourth value is to be the first of the past, too, which no patch holds
+    expected = attended.clone()
+    expected[:, 3] += past[:, 0] - past.mean(1)
+    torch.testing.assert_close(model(past), expected)
+
+
 def test_channels_are_series_of_their_own():
     model, past = model_of(), series_of(2, 3, 30)
     made = model(past)
@@ -83,12 +94,13 @@ def test_the_loss_is_in_deviations_of_the_past():
 
 
 def test_it_learns_a_season():
-    """Of waves of one length, and of phases and heights of their own."""
+    """Of waves of one length, and of phases and heights of their own; without the linear map, which could alone."""
     torch.manual_seed(0)
     time, phase, height = torch.arange(44), 6.3 * torch.rand(200, 1), 0.5 + torch.rand(200, 1)
     waves = 20 + height * torch.sin(time / 8 * 2 * torch.pi + phase)
     past, future = waves[:, :32], waves[:, 32:]
     model = Forecaster(32, 12, patch=4, dim=32, heads=2, layers=1, dropout=0.0)
+    model.linear.requires_grad_(False)
     torch.testing.assert_close(model(past), past.mean(1, keepdim=True).expand(200, 12))
     optimizer = torch.optim.AdamW(model.parameters(), 0.003)
     for _ in range(100):

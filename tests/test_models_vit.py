@@ -36,6 +36,17 @@ def test_patches_are_those_of_the_image():
         assert torch.equal(patches[:, n], images[:, :, row : row + 4, column : column + 4].flatten(1))
 
 
+def test_pixels_are_standardised():
+    """By the mean and the deviation that the model is made with, before anything else."""
+    images = images_of(2)
+    plain, model = model_of(), model_of(mean=0.3, std=0.2)
+    torch.testing.assert_close(model(images), plain((images - 0.3) / 0.2))
+    assert not torch.allclose(model(images), plain(images))
+    for std in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="std must be more than 0"):
+            model_of(std=std)
+
+
 @by_attention
 def test_it_is_torchs_encoder_over_patches(attention):
     """A convolution whose stride is its size, and ``torch.nn.TransformerEncoderLayer``."""

@@ -25,6 +25,8 @@ class Captioner(nn.Module):
         image: height and width, multiples of ``patch``.
         patch: height and width of a patch.
         channels: 1 for grey, 3 for colours.
+        mean: of the pixels that it is trained on.
+        std: their standard deviation.
         dim: of the residual streams.
         heads: a divisor of dim.
         encoder_layers: of the ViT.
@@ -53,6 +55,8 @@ class Captioner(nn.Module):
         image: tuple[int, int] = (32, 32),
         patch: int = 4,
         channels: int = 3,
+        mean: float = 0.0,
+        std: float = 1.0,
         dim: int = 192,
         heads: int = 4,
         encoder_layers: int = 3,
@@ -65,7 +69,8 @@ class Captioner(nn.Module):
         hidden = 4 * dim if hidden is None else hidden
         shared: dict[str, Any] = {"dim": dim, "heads": heads, "hidden": hidden, "dropout": dropout}
         shared["attention"] = attention
-        self.images = ViT(None, image=image, patch=patch, channels=channels, layers=encoder_layers, **shared)
+        pixels = {"image": image, "patch": patch, "channels": channels, "mean": mean, "std": std}
+        self.images = ViT(None, layers=encoder_layers, **pixels, **shared)
         self.decoder = Decoder(vocabulary, decoder_layers, Sizes(**shared))
 
     def encode(self, images: Tensor) -> Encoded:

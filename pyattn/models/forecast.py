@@ -1,7 +1,9 @@
 """Time series: a past is a sequence of patches, from which the values to come are read (Nie et al. 2023: PatchTST).
 
 arXiv:2211.14730. Series are normalised one by one, and what is forecast is brought back to their scale (Kim et al.
-2022, "Reversible instance normalization"), so that one model serves series of any level.
+2022, "Reversible instance normalization"), so that one model serves series of any level. A linear map goes from the
+past to what follows, beside the Transformer (Das et al. 2023: TiDE, arXiv:2304.08424): it is what a short series
+teaches well, and what it misses is left to attention.
 """
 
 from __future__ import annotations
@@ -73,8 +75,9 @@ class Forecaster(nn.Module):
         sizes = Sizes(dim, heads, 2 * dim if hidden is None else hidden, dropout, attention, activation=nn.GELU)
         self.encoder = Encoder(layers, sizes)
         self.head = nn.Linear(self.count * dim, horizon)
-        nn.init.zeros_(self.head.weight)  # at first the mean of the past is forecast
-        nn.init.zeros_(self.head.bias)
+        self.linear = nn.Linear(past, horizon, bias=False)
+        for parameter in (*self.head.parameters(), *self.linear.parameters()):
+            nn.init.zeros_(parameter)  # at first the mean of the past is forecast
 
     def forward(self, past: Tensor) -> Tensor:
         checks.check_tensor("past", past, checks.FLOAT_DTYPES)
@@ -82,10 +85,12 @@ class Forecaster(nn.Module):
             raise ValueError(f"past must have shape [..., {self.past}], got {list(past.shape)}")
         series = past.reshape(-1, self.past)
         mean, scale, _ = _level(series)
+        level = (series - mean) / scale
         used = self.patch + (self.count - 1) * self.stride
-        patches = ((series - mean) / scale)[:, -used:].unfold(-1, self.patch, self.stride)
+        patches = level[:, -used:].unfold(-1, self.patch, self.stride)
         x = self.encoder(self.dropout(self.project(patches) + self.positions))
-        return (self.head(x.flatten(1)) * scale + mean).view(*past.shape[:-1], self.horizon)
+        forecast = self.head(x.flatten(1)) + self.linear(level)
+        return (forecast * scale + mean).view(*past.shape[:-1], self.horizon)
 
     def loss(self, past: Tensor, future: Tensor) -> Tensor:
         """Mean absolute error, each series in standard deviations of its past: ``[..., past]``, ``[..., horizon]``.

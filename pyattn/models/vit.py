@@ -23,6 +23,8 @@ class ViT(nn.Module):
         image: height and width, multiples of ``patch``.
         patch: height and width of a patch.
         channels: 1 for grey, 3 for colours.
+        mean: of the pixels that it is trained on.
+        std: their standard deviation; what is projected are pixels less their mean over it.
         dim: of the residual stream.
         heads: a divisor of dim.
         layers: of the encoder.
@@ -48,6 +50,8 @@ class ViT(nn.Module):
         image: tuple[int, int] = (28, 28),
         patch: int = 4,
         channels: int = 1,
+        mean: float = 0.0,
+        std: float = 1.0,
         dim: int = 128,
         heads: int = 4,
         layers: int = 4,
@@ -62,11 +66,14 @@ class ViT(nn.Module):
             raise ValueError(f"image must have sides that are multiples of patch={patch}, got {image}")
         if classes is not None and classes < 1:
             raise ValueError(f"classes must be at least 1, or None, got {classes}")
+        if not std > 0:
+            raise ValueError(f"std must be more than 0, got {std}")
+        self.mean, self.std = mean, std
         self.image, self.patch, self.channels = (image[0], image[1]), patch, channels
         self.grid = image[0] // patch, image[1] // patch
         self.project = nn.Linear(channels * patch**2, dim)
         self.first = nn.Parameter(torch.zeros(dim))
-        self.positions = nn.Parameter(0.02 * torch.randn(1 + self.grid[0] * self.grid[1], dim))
+        self.positions = nn.Parameter(0.2 * torch.randn(1 + self.grid[0] * self.grid[1], dim))
         self.dropout = nn.Dropout(dropout)
         hidden = 4 * dim if hidden is None else hidden
         self.encoder = Encoder(layers, Sizes(dim, heads, hidden, dropout, attention, activation=nn.GELU))
@@ -76,7 +83,7 @@ class ViT(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def patches(self, images: Tensor) -> Tensor:
-        """``[B, N, channels * patch^2]``: the patches, row by row.
+        """``[B, N, channels * patch^2]``: the patches, row by row, of standardised pixels.
 
         Raises:
             TypeError, ValueError: images is not float ``[B, channels, height, width]`` of this model's sizes.
@@ -84,7 +91,7 @@ class ViT(nn.Module):
         checks.check_tensor("images", images, checks.FLOAT_DTYPES)
         checks.check_shape("images", images, (len(images), self.channels, *self.image), "[B, channels, height, width]")
         P = self.patch
-        tiles = images.unfold(2, P, P).unfold(3, P, P)  # [B, C, rows, columns, P, P]
+        tiles = ((images - self.mean) / self.std).unfold(2, P, P).unfold(3, P, P)  # [B, C, rows, columns, P, P]
         return tiles.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
     def embed(self, images: Tensor) -> Tensor:
