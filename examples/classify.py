@@ -23,8 +23,8 @@ from pyattn.models import GPT, GPTClassifier, data, text, training
 
 checks.require_extra("models", "matplotlib", "rich", "safetensors", "sklearn", "tokenizers")
 
-VOCABULARY, LONGEST = 4000, 48  # tokens of a text; what is beyond is cut off
-SIZE = {"dim": 192, "depth": 3, "heads": 4, "max_length": LONGEST}
+VOCABULARY, LONGEST = 2000, 48  # tokens of a text; what is beyond is cut off
+SIZE = {"dim": 128, "depth": 3, "heads": 4, "max_length": LONGEST}
 KINDS, FEW = 14, 100  # the most frequent kinds, and labels of each
 STEPS = {"pre-training": 1500, "few": 240, "all": 600}
 LEARNING_RATE = {"pre-training": 2e-3, "few": 5e-4, "all": 1e-3}
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.quick:
         sizes = ((unlabelled, 5000), (train, 3000), (validation, 200), (test, 500))
         unlabelled, train, validation, test = (text.spread(part, size) for part, size in sizes)
-    few = [gloss for kind in kinds for gloss in [g for g in train if g[1] == kind][:FEW]]
+    few = [gloss for kind in kinds for gloss in text.spread([g for g in train if g[1] == kind], FEW)]
     print(f"{len(unlabelled)} texts without labels, {len(train)} or {len(few)} with, {len(test)} held out")
     tokenizer = text.train_tokenizer((words for words, _ in unlabelled), VOCABULARY)
     about = SIZE | {"vocabulary": tokenizer.get_vocab_size(), "attention": args.attention}
@@ -123,9 +123,10 @@ def fit(
 ) -> training.History:
     generator = torch.Generator().manual_seed(args.seed)
     steps = args.steps or (20 if args.quick else STEPS[size])
+    lengths = [len(row) for row in labels.rows]
     return training.train(
         model,
-        (labels.batch(chosen) for chosen in training.epochs(len(labels.texts), BATCH, generator)),
+        (labels.batch(chosen) for chosen in training.epochs(len(labels.rows), BATCH, generator, lengths)),
         lambda batch: model.loss(*batch),
         steps=steps,
         learning_rate=LEARNING_RATE[size],

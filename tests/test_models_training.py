@@ -153,6 +153,23 @@ def test_epochs_have_each_example_once():
         next(training.epochs(0, 4))
 
 
+def test_batches_of_similar_lengths():
+    """Each example once an epoch, in batches that differ by less than those drawn from all, and between epochs."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randperm(1000, generator=generator).tolist()
+    batches = training.epochs(1000, 10, generator, lengths)
+    first, second = ([next(batches).tolist() for _ in range(100)] for _ in range(2))
+    for epoch in (first, second):
+        assert sorted(i for batch in epoch for i in batch) == list(range(1000))
+        spans = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in epoch]
+        assert max(spans) < 300 and sum(spans) / 100 < 100  # drawn from all: 800
+        means = [sum(lengths[i] for i in batch) for batch in epoch]
+        assert means != sorted(means)
+    assert not {tuple(sorted(batch)) for batch in first} & {tuple(sorted(batch)) for batch in second}
+    with pytest.raises(ValueError, match="lengths must have count=3 numbers, got 2"):
+        next(training.epochs(3, 4, lengths=[1, 2]))
+
+
 def test_what_is_written_of_a_training(capsys, tmp_path):
     history = training.History([2.0, 1.0000004], [(1, 3.0), (2, 1.23456)], 7.0612, (2, 1.23456))
     found = training.result("model", "accuracy, %", {"guess": 10.0001}, 97.26, history)

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from pyattn.models.data import MissingData
 from pyattn.nn.implementations import Implementation
+
+POOL = 16  # batches that are sorted by length together: they have little padding, and yet vary
 
 
 @dataclass
@@ -128,8 +130,12 @@ def train(
     return history
 
 
-def epochs(count: int, batch: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+def epochs(
+    count: int, batch: int, generator: torch.Generator | None = None, lengths: Sequence[int] | None = None
+) -> Iterator[Tensor]:
     """Indices of so many examples, in batches of int64 ``[batch]`` or less, without end: each once an epoch.
+
+    Those of one batch are drawn from all, or, with ``lengths`` of the examples, have similar ones, which saves padding.
 
     >>> first = next(epochs(3, 8))
     >>> sorted(first.tolist())
@@ -137,8 +143,17 @@ def epochs(count: int, batch: int, generator: torch.Generator | None = None) -> 
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
+    if lengths is not None and len(lengths) != count:
+        raise ValueError(f"lengths must have count={count} numbers, got {len(lengths)}")
     while True:
-        yield from torch.randperm(count, generator=generator).split(batch)
+        order = torch.randperm(count, generator=generator)
+        if lengths is None:
+            yield from order.split(batch)
+            continue
+        sizes = torch.tensor(lengths)
+        pools = order.split(POOL * batch)
+        groups = [group for pool in pools for group in pool[sizes[pool].argsort(stable=True)].split(batch)]
+        yield from (groups[i] for i in torch.randperm(len(groups), generator=generator).tolist())
 
 
 def summary(history: History) -> dict[str, Any]:
