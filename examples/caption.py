@@ -32,7 +32,7 @@ SIZE = {
     "hidden": 512,
     "dropout": 0.0,
 }
-STEPS, BATCH, LEARNING_RATE = 1800, 64, 1.5e-3
+STEPS, BATCH, LEARNING_RATE = 1200, 64, 1.5e-3
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

@@ -49,9 +49,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(args.seed)
     steps = args.steps or (40 if args.quick else STEPS)
     heard = [Heard(part) for part in (train, validation, test)]
+    lengths = [len(frames) for frames in heard[0].frames]
     history = training.train(
         model,
-        (heard[0].batch(chosen.tolist()) for chosen in training.epochs(len(train), BATCH, generator)),
+        (heard[0].batch(chosen.tolist()) for chosen in training.epochs(len(train), BATCH, generator, lengths)),
         lambda b: model.loss(speech.masked(b[0], b[1], generator), *b[1:]),
         steps=steps,
         learning_rate=LEARNING_RATE,

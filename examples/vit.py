@@ -23,7 +23,7 @@ checks.require_extra("models", "matplotlib", "rich", "safetensors", "sklearn")
 
 SIZE = {"dim": 64, "heads": 4, "layers": 4, "dropout": 0.1}
 PATCH = {8: 2, 28: 7, 32: 8}  # each has 4 x 4 of them
-STEPS, BATCH, LEARNING_RATE = 2000, 64, 1e-3
+STEPS, BATCH, LEARNING_RATE = 1500, 64, 1e-3
 SIDE = 32  # of images of one's own
 
 
