@@ -9,6 +9,7 @@ A suite's table and its plot go between the lines ``<!-- report:begin NAME -->``
 import argparse
 import itertools
 import json
+import operator
 import os
 import re
 import sys
@@ -38,16 +39,18 @@ def main() -> None:
         args.docs.mkdir(parents=True, exist_ok=True)
         for name, (environment, cells) in load(args.results, args.device).items():
             suite = SUITES[name]
-            if not suite.on_gpu:
+            if not suite.on_gpu and not suite.parts:
                 threads = args.threads or max(cell["threads"] for cell in cells)
                 cells = [c for c in cells if c["threads"] == threads and c.get("head_dim", HEAD_DIM) == HEAD_DIM]
             rows = suite.rows(cells)
             if not rows:
                 raise ValueError(f"{name} has nothing for its table with {threads} threads and head dim {HEAD_DIM}")
-            lines = [f"**{suite.title}**", tables.markdown(rows), caption(environment, cells, suite.note)]
+            where = conditions(environment, cells, suite)
+            made = f"{where}, {environment['date'][:10]}. {suite.note} Made by `{environment['command']}`."
+            lines = [f"**{suite.title}**", tables.markdown(rows), made]
             if suite.plot:
                 path = args.docs / f"{name}.png"
-                draw(suite.plot, cells, conditions(environment, cells), path)
+                draw(suite.plot, cells, where, path)
                 lines.append(f"![{suite.plot.title}]({os.path.relpath(path, args.readme.parent)})")
             insert(args.readme, name, "\n\n".join(lines))
             print(f"{name}: {environment['device']}, measured {environment['date']}")
@@ -56,13 +59,24 @@ def main() -> None:
 
 
 def load(results: Path, device: str | None) -> dict[str, tuple[dict[str, Any], list[Cell]]]:
-    """Environment and cells of every suite, where it was measured last."""
+    """Environment and cells of every suite, where it was measured last.
+
+    Of one whose parts are too long for one machine, the environment of the newest, and of each part the newest cells.
+    """
     found = [json.loads(path.read_text()) | {"suite": path.stem} for path in results.glob(f"{device or '*'}/*.json")]
     found = [result for result in found if result["suite"] in SUITES]
     if not found:
         raise ValueError(f"nothing for {device or 'any device'} in {results}: run `make bench` first")
     found.sort(key=lambda result: result["environment"]["date"])
-    return {result["suite"]: (result["environment"], result["cells"]) for result in found}
+    newest: dict[str, tuple[dict[str, Any], list[Cell]]] = {}
+    for name, environment, cells in (operator.itemgetter("suite", "environment", "cells")(result) for result in found):
+        if fields := SUITES[name].parts:
+            part_of = operator.itemgetter(*fields)
+            made = set(map(part_of, cells))
+            others = [cell for cell in newest.get(name, (None, ()))[1] if part_of(cell) not in made]
+            cells = others + [cell | {"machine": environment} for cell in cells]
+        newest[name] = environment, cells
+    return newest
 
 
 def insert(path: Path, name: str, text: str) -> None:
@@ -75,8 +89,16 @@ def insert(path: Path, name: str, text: str) -> None:
     path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")
 
 
-def conditions(environment: dict[str, Any], cells: list[Cell]) -> str:
+def conditions(environment: dict[str, Any], cells: list[Cell], suite: "Suite") -> str:
     one = cells[0]
+    if suite.parts:
+        found: dict[str, list[str]] = {}
+        for cell in cells:
+            machine = compare.describe(cell["machine"] | {"threads": cell["threads"]})
+            found.setdefault(machine, []).append(cell[suite.parts[0]])
+        if len(found) > 1:
+            return "; ".join(f"{machine} ({', '.join(dict.fromkeys(names))})" for machine, names in found.items())
+        return next(iter(found))
     if "threads" not in one:
         return compare.describe(environment, "cuda") + f", triton {environment['triton']}"
     machine = compare.describe(environment | {"threads": one["threads"]})
@@ -85,10 +107,6 @@ def conditions(environment: dict[str, Any], cells: list[Cell]) -> str:
         if "batch_heads" in one
         else machine
     )
-
-
-def caption(environment: dict[str, Any], cells: list[Cell], note: str) -> str:
-    return f"{conditions(environment, cells)}, {environment['date'][:10]}. {note} Made by `{environment['command']}`."
 
 
 # ---- the suites --------------------------------------------------------------------------------------------
@@ -100,6 +118,7 @@ class Suite(NamedTuple):
     note: str
     plot: Plot | None = None
     on_gpu: bool = False
+    parts: tuple[str, ...] = ()  # fields that tell parts apart, which may be of different machines
 
 
 def by_variant(**fields: Any) -> dict[str, dict[str, Any]]:
@@ -191,18 +210,21 @@ SUITES = {
             lambda cell: {name: us / 1e3 for name, us in cell["microseconds"].items()},
             log=True,
         ),
+        parts=("op", "model"),
     ),
     "systems": Suite(
         "Trained on real data",
         tables.systems_rows,
         "Scores are of what was held out; minutes are of the whole example, with its pictures and baselines. A step: "
         "forward, backward and update, in runs that alternate, the median of their ratios.",
+        parts=("system", "part"),
     ),
     "losses": Suite(
         "Losses beside those of naive attention: the largest difference so far",
         tables.losses_rows,
         "The same examples, `--quick --steps 200`, one seed, float32. Training enlarges differences of rounding: naive "
         "attention on one thread, which adds up in another order but in the GPT, is as far from itself.",
+        parts=("system",),
     ),
     "embeddings": Suite(
         "Embeddings by all-MiniLM-L6-v2",

@@ -102,3 +102,25 @@ def test_rows_of_earlier_runs_are_kept(tmp_path, monkeypatch):
     for model in "ab":
         systems.keep(path, {"isa": "avx2"}, {"part": "steps", "system": "vit", "seed": 0, "seconds": 1, "model": model})
     assert len(rows()) == 5
+
+
+def test_parts_of_a_table_come_from_where_they_were_measured_last(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import report
+    import store
+
+    def save(device, day, *cells):
+        environment = {"cpu": device, "isa": "avx2", "torch": "2", "pyattn": "1", "date": f"2026-01-0{day}"}
+        made = [{"system": system, "part": "systems", "seconds": seconds, "threads": 1} for system, seconds in cells]
+        store.save(tmp_path / device / "systems.json", environment, made)
+
+    save("new", 2, ("vit", 3.0), ("vit", 4.0), ("gpt", 5.0))
+    save("old", 1, ("translate", 1.0), ("vit", 2.0))
+    ((name, (environment, cells)),) = report.load(tmp_path, None).items()
+    assert name == "systems" and environment["cpu"] == "new"
+    assert [(c["system"], c["seconds"]) for c in cells] == [("translate", 1), ("vit", 3), ("vit", 4), ("gpt", 5)]
+    where = report.conditions(environment, cells, report.SUITES["systems"])
+    old, new = where.split("; ")
+    assert old.startswith("old, avx2, 1 thread, ") and old.endswith("(translate)")
+    assert new.startswith("new, avx2, 1 thread, ") and new.endswith("(vit, gpt)")
+    assert "(" not in report.conditions(environment, cells[1:], report.SUITES["systems"])

@@ -164,7 +164,7 @@ def test_batches_of_similar_lengths():
         spans = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in epoch]
         assert max(spans) < 500 and sum(spans) / 100 < 100  # drawn from all: 800
         means = [sum(lengths[i] for i in batch) for batch in epoch]
-        assert means != sorted(means)
+        assert means[:16] != sorted(means[:16])  # of one pool
     assert not {tuple(sorted(batch)) for batch in first} & {tuple(sorted(batch)) for batch in second}
     with pytest.raises(ValueError, match="lengths must have count=3 numbers, got 2"):
         next(training.epochs(3, 4, lengths=[1, 2]))
