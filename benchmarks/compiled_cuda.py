@@ -30,7 +30,7 @@ from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output
 RESULTS = Path(__file__).parent / "results" / "compiled" / "cuda.json"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 HEAD_DIMS = ((128, 128), (64, 64), (96, 96), (192, 192), (256, 256), (192, 128))  # `quick` takes the first
-QUERIES = {"forward": 4096, "tall decode": 20, "decode": 1}
+QUERIES = {"forward": 4096, "few queries": 40, "tall decode": 20, "decode": 1}
 KEYS, PAGE_SIZE = 4096, 16
 INSTRUCTIONS = ("HMMA", "HGMMA", "LDSM", "MUFU", "BAR", "LDGSTS", "UTMALDG", "USETMAXREG")
 

@@ -72,10 +72,12 @@ class Cell(NamedTuple):
 def grid(stage: str) -> list[Cell]:
     if stage == "decode":
         shapes = [(1, 2048), (1, 32768), (16, 4096), (16, 32768), (64, 8192), (128, 2048)]
-        return [
+        one = [
             Cell(stage, head_dim, length, False, batch, group * 8, 8, 1)
             for head_dim, group, (batch, length) in itertools.product((64, 128), (1, 4, 8), shapes)
         ]
+        more = itertools.product((64, 128), (1, 16), (16, 32, 128))
+        return one + [Cell(stage, head_dim, 32768, True, batch, 32, 8, queries) for head_dim, batch, queries in more]
     cells = itertools.product((4096, 16384, 1024, 2048, 512, 8192), (128, 64, 256), (False, True))
     return [
         Cell(stage, head_dim, length, causal, TOKENS // length, WIDTH // head_dim, WIDTH // head_dim)

@@ -280,7 +280,7 @@ SUITES["gpu_triton_projection"] = Suite(
     on_gpu=True,
 )
 SUITES["gpu_decode"] = Suite(
-    "Decode on a GPU: one query",
+    "Decode on a GPU: few queries",
     tables.gpu_decode_rows,
     "bfloat16. GB/s count each key and value once; the copy is a large one in the same run, read and written. Bold: "
     "what dispatch chooses, and what is compared.",

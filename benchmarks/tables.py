@@ -274,7 +274,7 @@ def gpu_rows(cells: list[Cell]) -> list[Row]:
 def gpu_decode_rows(cells: list[Cell]) -> list[Row]:
     return [
         {"": f"D {cell['head_dim']}, {cell['heads']} heads on {cell['kv_heads']}", "batch": str(cell["batch"])}
-        | {"keys": str(cell["length"])}
+        | {"queries": str(cell["num_queries"]), "keys": str(cell["length"])}
         | {f"{name} GB/s": rate(cell, "gb_per_second", name) for name in ON_GPUS}
         | {"of a copy": f"{cell['percent_of_copy'][cell['chosen']]:.0f}%"}
         | speedups(cell)

@@ -23,7 +23,7 @@ import jiwer  # noqa: E402
 
 RATE, MELS = 8000, 64
 SIZE = {"mels": MELS, "dim": 144, "heads": 4, "encoder_layers": 4, "decoder_layers": 2, "hidden": 384, "dropout": 0.1}
-STEPS, BATCH, LEARNING_RATE = 1000, 32, 2e-3
+STEPS, BATCH, LEARNING_RATE = 1200, 32, 2e-3
 HELD_OUT, VALIDATION = 0.12, 0.04  # of the voices
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz '"
 FIRST = len(text.SPECIAL)  # characters come after the special tokens
@@ -49,10 +49,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(args.seed)
     steps = args.steps or (40 if args.quick else STEPS)
     heard = [Heard(part) for part in (train, validation, test)]
-    lengths = [len(frames) for frames in heard[0].frames]
     history = training.train(
         model,
-        (heard[0].batch(chosen.tolist()) for chosen in training.epochs(len(train), BATCH, generator, lengths)),
+        (heard[0].batch(chosen.tolist()) for chosen in training.epochs(len(train), BATCH, generator)),
         lambda b: model.loss(speech.masked(b[0], b[1], generator), *b[1:]),
         steps=steps,
         learning_rate=LEARNING_RATE,

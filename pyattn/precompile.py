@@ -17,9 +17,9 @@ from pyattn.backends.cuda.kernels import FEW_KEYS, Kernel
 from pyattn.backends.cuda.launch import Target
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output
 
-GROUPS = (1, 4, 8)  # query heads to a key head: kernels of decode are made for one number, others take any
+GROUPS = (1, 4, 8)  # query heads to a key head: kernels of few queries are made for one number, others take any
 CONTENTS = (
-    f"Forward and backward; decode, with the sum of its parts, for {', '.join(map(str, GROUPS))} query heads to a key "
+    f"Forward and backward; few queries, with the sum of parts, for {', '.join(map(str, GROUPS))} query heads to a key "
     "head. Causal masks, windows, lengths, offsets, packed sequences and sinks need no kernels of their own."
 )
 REST = (
@@ -39,7 +39,8 @@ def kernels(
     """Those of ``CONTENTS``, for each dtype and each (D, Dv); those of the forward for each page size, too."""
     found: dict[Kernel, None] = {}
     for dtype, (D, Dv), page_size, group in product(dtypes, head_dims, (0, *page_sizes), GROUPS):
-        for queries in (1, cuda.DECODE_ROWS // group, cuda.DECODE_ROWS + 1):  # decode, tall decode, forward
+        few = (1, cuda.DECODE_ROWS // group)  # decode, tall decode
+        for queries in (*few, cuda.DECODE_ROWS + 1, cuda.HOPPER_ROWS // group + 1):
             for keys in (cuda.SPLIT + 1, FEW_KEYS):  # of more than one part: decode has results to add up
                 found |= dict.fromkeys(_kernels(arch, dtype, D, Dv, group, queries, keys, page_size))
     return list(found)

@@ -5,6 +5,7 @@ On a Hopper GPU ``test_cuda.py`` runs them. The emulator's are small tiles in mo
 
 from __future__ import annotations
 
+import dataclasses
 from unittest import mock
 
 import emulator
@@ -163,6 +164,56 @@ def test_sequences_beside_each_other_do_not_meet(racing, at_work, small_tiles):
             assert torch.equal(a, b), name
 
 
+def planned(case):
+    problem = pyattn.explain(**make_inputs(case, torch.bfloat16)).problem
+    return cuda.forward_plan(problem, launch.target_of(problem.device), problem.query.stride, True)
+
+
+@pytest.mark.parametrize(("Hq", "rows"), [(3, 1), (4, 2), (12, 2), (32, 16)])
+def test_few_queries_of_several_heads_are_rows_of_one_tile(Hq, rows, at_work):
+    """As many heads of a key head as divide a tile; of many queries each head has its own tiles."""
+    case = Case("group", B=2, Hq=Hq, Hkv=2 if Hq % 2 == 0 else 1, Lq=60, Lk=150, D=128, causal=True)
+    assert rows == planned(case).launches[0].kernel.ROWS
+    assert planned(dataclasses.replace(case, Lq=1024, Lk=1024)).launches[0].kernel.ROWS == 1
+    check(case, torch.float16, racing=Hq == 4, backward=False)
+
+
+def test_few_queries_of_packed_sequences(racing, at_work, small_tiles):
+    launch.gpu.configure(racing, seed=1)
+    lengths = (20, 50), (0, 30), (33, 33)
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0, dtype=torch.int32) for x in zip(*lengths, strict=True))
+    q, k, v = torch.randn(53, 8, 64).bfloat16(), torch.randn(113, 2, 64).bfloat16(), torch.randn(113, 2, 64).bfloat16()
+    packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 33, "max_seqlen_k": 50}
+    options = {"causal": True, "backend": "cuda", "return_lse": True}
+    out, lse = pyattn.attention_varlen(q, k, v, **packed, **options)
+    for (Lq, _), row, key, next_key in zip(lengths, cu_q, cu_k, cu_k[1:], strict=False):
+        rows, keys = slice(row, row + Lq), slice(key, next_key)
+        alone = pyattn.attention(*(x[None].transpose(1, 2) for x in (q[rows], k[keys], v[keys])), **options)
+        if Lq:
+            assert torch.equal(out[rows], alone[0][0].transpose(0, 1)) and torch.equal(lse[:, rows], alone[1][0])
+    problem = pyattn.explain(q, k, v, **packed).problem
+    assert cuda.forward_plan(problem, launch.target_of(q.device), q.stride(), True).launches[0].kernel.ROWS == 4
+
+
+@pytest.mark.parametrize("name", ["gqa", "sinks, window, empty rows", "tiles, padding", "alibi, both sides, gqa"])
+def test_keys_in_parts(name, at_work, small_tiles):
+    """Some parts are beyond what rows see, and give nothing; a sink counts once."""
+    with mock.patch.object(cuda, "HOPPER_SPLIT", 50), mock.patch.object(cuda, "HOPPER_ROWS", 2**20), emulator.cleared():
+        plan = planned(BY_NAME[name])
+        assert plan.split == 32 and plan.num_splits > 1 and len(plan.launches) == 2
+        check(BY_NAME[name], torch.bfloat16, racing="sinks" in name, backward=False)
+
+
+def test_only_few_queries_have_their_keys_in_parts(at_work):
+    """Of so many as fill a few tiles; their parts depend on nothing but the call's lengths."""
+    case = Case("long", B=1, Hq=8, Hkv=2, Lq=128, Lk=8192, D=128)
+    parts = {"B": 9}, {"Lq": 129}, {"Lk": 2048}
+    assert planned(case).split == 2048 and planned(case).num_splits == 4
+    assert [planned(dataclasses.replace(case, **other)).num_splits for other in parts] == [4, 1, 1]
+    text = str(pyattn.explain(**make_inputs(case, torch.bfloat16), backend="cuda"))
+    assert "4 parts of 2048 keys" in text
+
+
 def test_modes_do_not_change_the_bits(at_work, small_tiles):
     assert_modes_give_the_same_bits()
 
@@ -211,6 +262,11 @@ MUTANTS = {
     "pairs that are not": ("hopper.cuh", "num_tiles - 1 - place.tile / 2", "num_tiles - 2 - place.tile / 2",
         "persistent", NUMBER),
     "wrong head": ("hopper.cuh", "rest / p.chunk % p.heads_together)", "0)", "persistent", NUMBER),
+    "rows of one head": (FWD, "head = first_head + r % ROWS;", "head = first_head;", "group", NUMBER),
+    "queries of one head": (FWD, "first_query + r / ROWS, first_head", "first_query + r, first_head", "group", NUMBER),
+    "parts that overlap": (FWD, "smaller(tiles.end, (split + 1) * p.split)", "tiles.end", "parts",
+        NUMBER),
+    "a sink for each part": (FWD, "!p.partial_out);", "true);", "parts", NUMBER),
     "keys of the next tile": (DQ, LAST_KEYS, LAST_KEYS.replace("used_at", "key_at"), "tiles, gqa",
         f"{NUMBER}|{RACE}|{HANGS}"),
     "no delta": (DQ, "(grad.x[0][n][i] - delta[i / 2])", "grad.x[0][n][i]", "tiles, gqa", NUMBER),
@@ -237,7 +293,11 @@ QUICK_MUTANTS = (
     "keys of the next tile",
     "missing wait for gradients",
 )
-EXTRA = {"persistent": Case("persistent", B=1, Hq=4, Hkv=2, Lq=400, Lk=300, D=64, causal=True)}
+EXTRA = {
+    "persistent": Case("persistent", B=1, Hq=4, Hkv=2, Lq=400, Lk=300, D=64, causal=True),
+    "group": Case("group", B=1, Hq=4, Hkv=2, Lq=40, Lk=60, D=64),
+    "parts": Case("parts", B=1, Hq=4, Hkv=2, Lq=40, Lk=200, D=64, sinks=True),
+}
 
 
 @pytest.mark.parametrize("mutant", some(MUTANTS, QUICK_MUTANTS))
@@ -245,6 +305,7 @@ def test_a_mutant_is_caught(mutant, tmp_path, small_tiles):
     file, old, new, case, complaint = MUTANTS[mutant]
     sources = emulator.plant(tmp_path / "cuda", file, old, new)
     with (
+        mock.patch.object(cuda, "HOPPER_SPLIT", 64 if case == "parts" else cuda.HOPPER_SPLIT),
         emulator.installed(sources, arch="sm_90a"),
         pytest.raises((AssertionError, RuntimeError), match=complaint),
     ):

@@ -66,7 +66,7 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
   Ring<VALUE_STAGES> value_at;
   for_items(p, false, [&](const Item& item) {
     const Sample& s = item.s;
-    const int first_row = first_row_of(item), key_head = item.head / (p.Hq / p.Hkv), b = packed ? 0 : s.b;
+    const int first_row = first_query_of(item), key_head = item.head / (p.Hq / p.Hkv), b = packed ? 0 : s.b;
     const Tiles tiles = key_tiles_of(item);
     prim::barrier_wait(shared.empty(ROW, 0), row_at.parity ^ 1);
     producer.copy(shared.query, maps.query, shared.full(ROW, 0), s.first_q + first_row, item.head, b);
@@ -97,7 +97,7 @@ DEV void consume(const Params& p, const Shared& shared) {
 
   for_items(p, false, [&](const Item& item) {
     const Sample& s = item.s;
-    const int first_row = first_row_of(item);
+    const int first_row = first_query_of(item);
     const Tiles tiles = key_tiles_of(item);
     const float slope = slope_of(p, s.b, item.head);
     float lse[2], delta[2];

@@ -2,7 +2,9 @@
 // (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608).
 //
 // A block owns BLOCK_M rows of one sample and head after the other, 64 for each of its consumers, and goes over the
-// keys they see. hopper.cuh has the roles.
+// keys they see. Few queries of several heads that share their keys are rows of one tile (ROWS), and where these are
+// still few, a block has a part of the keys and leaves a partial result, as those of attention_fwd.cuh do. hopper.cuh
+// has the roles.
 //
 //   tiles (pyattn/backends/cuda/kernels.py)         registers of a consumer for out, scores, weights
 //     D    64   192 x 128, 3 consumers               32 + 64 + 32
@@ -34,7 +36,8 @@ constexpr int QUERY_STAGES = 2 * QUERY_BYTES + KEYS_BYTES + BARRIERS_BYTES <= SH
 static_assert(BLOCK_M == 64 * CONSUMERS && BLOCK_N % 16 == 0, "tiles and warps");
 
 struct alignas(64) MappedParams {
-  prim::TensorMap query, key, value;  // boxes of [1, 1, BLOCK_M or BLOCK_N, 64]
+  prim::TensorMap query;       // [B, L, H, D], boxes of [1, BLOCK_M / ROWS, ROWS, 64]
+  prim::TensorMap key, value;  // [B, H, L, D], boxes of [1, 1, BLOCK_N, 64]
   Params params;
 };
 
@@ -62,6 +65,20 @@ struct Shared {  // where what lies
   }
 };
 
+// Of an item: its heads, and its part of the keys, in whole tiles. Parts count as heads: those of the first come first.
+struct Part {
+  int first_head, split;
+  Tiles tiles;
+
+  DEV Part(const Params& p, const Item& item) : tiles(key_tiles_of(item)) {
+    const int heads = p.Hq / ROWS;
+    split = item.head / heads, first_head = (item.head - split * heads) * ROWS;
+    if (!p.partial_out) return;
+    tiles.begin = larger(tiles.begin, split * p.split);
+    tiles.end = smaller(tiles.end, (split + 1) * p.split);
+  }
+};
+
 DEV void produce(const MappedParams& maps, const Shared& shared) {
   const Params& p = maps.params;
   const bool packed = p.cu_seqlens_q;
@@ -70,8 +87,10 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
   Ring<QUERY_STAGES> query_at;
   for_items(p, false, [&](const Item& item) {
     const Sample& s = item.s;
-    const int first_row = first_row_of(item), key_head = item.head / (p.Hq / p.Hkv), b = packed ? 0 : s.b;
-    const Tiles tiles = key_tiles_of(item);
+    const int first_query = s.first_q + first_query_of(item), b = packed ? 0 : s.b;
+    const Part part(p, item);
+    const Tiles& tiles = part.tiles;
+    const int key_head = part.first_head / (p.Hq / p.Hkv);
     int first_key = tiles.begin;
     // The first keys before the query, whose place an output may still need.
     do {
@@ -82,8 +101,8 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
       }
       if (first_key == tiles.begin) {
         prim::barrier_wait(shared.empty(QUERY, query_at.stage), query_at.parity ^ 1);
-        producer.copy(shared.query(query_at.stage), maps.query, shared.full(QUERY, query_at.stage),
-                      s.first_q + first_row, item.head, b);
+        producer.copy(shared.query(query_at.stage), maps.query, shared.full(QUERY, query_at.stage), part.first_head,
+                      first_query, b);
         query_at.next();
       }
       if (any) {
@@ -97,6 +116,17 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
   });
 }
 
+// Of one row of a thread's two, what a part of the keys gives.
+DEV void store_partial(const Params& p, const Fragment<1, DT>& out, float norm, int half, int64_t i_row, float lse) {
+  if (lane() % 4 == 0) p.partial_lse[i_row] = lse;
+  float* to = p.partial_out + i_row * p.Dv;
+#pragma unroll
+  for (int d = 0; d < DT; ++d) {
+    const int col = fragment_col(d, 0);  // Dv is even
+    if (col < p.Dv) to[col] = out.x[0][d][2 * half] * norm, to[col + 1] = out.x[0][d][2 * half + 1] * norm;
+  }
+}
+
 DEV void consume(const Params& p, const Shared& shared) {
   const int tile_row = consumer() * 64 + warp_row();
   const float unit = unit_of(p);
@@ -106,12 +136,15 @@ DEV void consume(const Params& p, const Shared& shared) {
 
   for_items(p, false, [&](const Item& item) {
     const Sample& s = item.s;
-    const int first_row = first_row_of(item);
-    const Tiles tiles = key_tiles_of(item);
+    const Part part(p, item);
+    const Tiles& tiles = part.tiles;
+    const int first_query = first_query_of(item), first_head = part.first_head;
     Rows<1> rows;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      rows.begin(p, s, 0, half, first_row + tile_row + fragment_row(0, 2 * half), item.head, true);
+    for (int half = 0; half < 2; ++half) {
+      const int r = tile_row + fragment_row(0, 2 * half);
+      rows.begin(p, s, 0, half, first_query + r / ROWS, first_head + r % ROWS, !p.partial_out);
+    }
     Fragment<1, DT> out;
     Fragment<1, NT> scores;
     uint32_t weights[NT / 2][4];
@@ -165,14 +198,22 @@ DEV void consume(const Params& p, const Shared& shared) {
       const float sum = rows.total(0, half);
       norm[half] = sum == 0 ? 1 : prim::reciprocal(sum);
       const int row = rows.row[0][half];
-      if (lane() % 4 == 0 && row < s.Lq)
-        p.lse[s.b * p.lse_b + item.head * p.lse_h + s.first_q + row] = (rows.max[0][half] + prim::log2(sum)) * LN2;
+      if (row >= s.Lq) continue;
+      const int64_t i_row = s.b * p.lse_b + rows.head[0][half] * p.lse_h + s.first_q + row;
+      const float lse = (rows.max[0][half] + prim::log2(sum)) * LN2;
+      if (p.partial_out)
+        store_partial(p, out, norm[half], half, part.split * p.num_rows + i_row, lse);
+      else if (lane() % 4 == 0)
+        p.lse[i_row] = lse;
     }
     wait_for_consumer();  // no product reads these rows of the query any more
-    const int row = first_row + tile_row;
-    shared.out(query_at.stage)
-        .store(out, norm, tile_row, p.out + s.b * p.out_b + item.head * p.out_h + (s.first_q + row) * p.out_l, p.out_l,
-               s.Lq - row, p.Dv);
+    if (!p.partial_out)
+      shared.out(query_at.stage).store(out, norm, tile_row, [&](int r, int col, const prim::Words& words) {
+        r += tile_row;
+        const int row = first_query + r / ROWS, head = first_head + r % ROWS;
+        uint16_t* to = p.out + s.b * p.out_b + head * p.out_h + (s.first_q + row) * p.out_l;
+        if (row < s.Lq && col < p.Dv) prim::store_global(to + col, words);
+      });
     release(shared.empty(QUERY, query_at.stage));
     query_at.next();
   });

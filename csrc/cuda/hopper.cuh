@@ -68,10 +68,10 @@ struct PanelTile {
     prim::sync_warp();
   }
 
-  // A warp's rows, times `factors`, to rows of D columns: by way of the 16 rows of this tile from `row` on, so that
-  // threads beside each other write beside each other.
-  DEV void store(const Fragment<1, NUM_COLS / 8>& x, const float (&factors)[2], int row, uint16_t* to, int64_t stride,
-                 int num_rows, int D) const {
+  // A warp's 16 rows, times `factors`: calls write(row, column, eight elements), by way of the rows of this tile from
+  // `row` on, so that threads beside each other write beside each other.
+  template <class Write>
+  DEV void store(const Fragment<1, NUM_COLS / 8>& x, const float (&factors)[2], int row, Write write) const {
     row = prim::fresh(row);  // addresses are computed here, not kept while products need the registers
 #pragma unroll
     for (int d = 0; d < NUM_COLS / 8; ++d)
@@ -84,11 +84,18 @@ struct PanelTile {
 #pragma unroll
     for (int i = 0; i < 2 * NUM_COLS; i += 32) {
       const int r = (i + lane()) / (NUM_COLS / 8), d = (i + lane()) % (NUM_COLS / 8);
-      const prim::Words words = prim::load_shared_words(at(row + r, d));
-      if (r < num_rows && d * 8 < D) prim::store_global(to + r * stride + d * 8, words);
+      write(r, d * 8, prim::load_shared_words(at(row + r, d)));
     }
     prim::fence_stores();  // the tile may be copied to again
     prim::sync_warp();
+  }
+
+  // The same to rows of D columns that follow each other, `num_rows` of them.
+  DEV void store(const Fragment<1, NUM_COLS / 8>& x, const float (&factors)[2], int row, uint16_t* to, int64_t stride,
+                 int num_rows, int D) const {
+    store(x, factors, row, [=](int r, int col, const prim::Words& words) {
+      if (r < num_rows && col < D) prim::store_global(to + r * stride + col, words);
+    });
   }
 };
 
@@ -164,6 +171,9 @@ DEV void pack(uint32_t (&a)[KT][4], const Fragment<1, 2 * KT>& x) {
 
 // ---- where a block works ------------------------------------------------------------------------------------------
 
+// Queries of a tile, each with ROWS rows, a divisor of BLOCK_M: those of as many heads of a key head.
+DEV int queries_of_tile() { return BLOCK_M / ROWS; }
+
 // One of p.items: a tile of a sample and head, whose rows are queries or keys. So many heads go together that what they
 // share stays in the L2 cache. Where a block has `chunk` = 2 items at a time, they are the first tile and the last, the
 // second and the last but one, and so on, which take equally long together under a causal mask.
@@ -174,7 +184,7 @@ struct Item {
   int num_tiles, tile;
 
   DEV Item(const Params& p, int item, bool of_keys)
-      : Item(p, item / together(p), item % together(p), of_keys, of_keys ? BLOCK_N : BLOCK_M) {}
+      : Item(p, item / together(p), item % together(p), of_keys, of_keys ? BLOCK_N : queries_of_tile()) {}
   DEV Item(const Params& p, int heads, int rest, bool of_keys, int block)
       : head(heads * p.heads_together + rest / p.chunk % p.heads_together),
         place(tile_of(p, rest / p.chunk / p.heads_together * p.chunk + rest % p.chunk,
@@ -200,10 +210,10 @@ DEV void for_items(const Params& p, bool of_keys, Visit visit) {
 }
 
 // Of an item of queries. Under a causal mask the last rows see most: they come first.
-DEV int first_row_of(const Item& item) { return (item.num_tiles - 1 - item.tile) * BLOCK_M; }
+DEV int first_query_of(const Item& item) { return (item.num_tiles - 1 - item.tile) * queries_of_tile(); }
 DEV Tiles key_tiles_of(const Item& item) {
-  const int first_row = first_row_of(item);
-  return key_tiles(item.s, first_row, smaller(first_row + BLOCK_M, item.s.Lq) - 1);
+  const int first_query = first_query_of(item);
+  return key_tiles(item.s, first_query, smaller(first_query + queries_of_tile(), item.s.Lq) - 1);
 }
 
 // Whether what is in memory of a tile of keys is in use: beyond a tensor TMA finds zeros.

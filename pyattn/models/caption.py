@@ -69,7 +69,7 @@ class Captioner(nn.Module):
         hidden = 4 * dim if hidden is None else hidden
         shared: dict[str, Any] = {"dim": dim, "heads": heads, "hidden": hidden, "dropout": dropout}
         shared["attention"] = attention
-        pixels = {"image": image, "patch": patch, "channels": channels, "mean": mean, "std": std}
+        pixels: dict[str, Any] = {"image": image, "patch": patch, "channels": channels, "mean": mean, "std": std}
         self.images = ViT(None, layers=encoder_layers, **pixels, **shared)
         self.decoder = Decoder(vocabulary, decoder_layers, Sizes(**shared))
 

@@ -43,6 +43,8 @@ MAX_HEAD_DIM = 256
 MAX_LENGTH = 2**30  # rows and keys are counted in 32 bits, with room for an offset
 DECODE_ROWS = 64  # query heads times queries of a key head, up to which keys are split
 SPLIT = 512  # keys of a part: bits depend neither on the batch nor on the GPU
+HOPPER_ROWS = 512  # the same of the kernels for sm_90a, whose tiles are larger
+HOPPER_SPLIT = 2048  # about, in whole tiles
 L2_BYTES = 32 * 2**20  # of the cache of a Hopper GPU, what keys and values may take
 LONG_ITEM = 1024  # rows that see a tile of keys, from where on blocks do not stay
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -180,17 +182,22 @@ def why_not(problem: Problem) -> list[str]:
     return reasons
 
 
-def _decode_rows(spec: AttentionSpec, query: Any, key: Any, packed: bool) -> int | None:
-    """Rows of a tile that holds all queries of a key head, if there are few enough for the keys to be split."""
-    queries = spec.max_seqlen_q if packed else query.shape[2]
-    if queries is None:
-        return None  # nobody has said, and to look would be to wait for the GPU
-    rows = queries * (query.shape[1] // max(key.shape[1], 1))
-    return rows if rows <= DECODE_ROWS else None
+def _rows(problem: Problem) -> int | None:
+    """All queries of a key head; None where nobody has said how many there are, and to look would be to wait."""
+    queries = problem.spec.max_seqlen_q if problem.packed else problem.query_length
+    return None if queries is None else queries * (problem.query.shape[1] // max(problem.key.shape[1], 1))
 
 
 def _few_queries(problem: Problem) -> bool:
-    return _decode_rows(problem.spec, problem.query, problem.key, problem.packed) is not None
+    """Whether one tile of decode holds all queries of a key head."""
+    rows = _rows(problem)
+    return rows is not None and rows <= DECODE_ROWS
+
+
+def _num_splits(problem: Problem, split: int) -> int:
+    """Parts of so many keys."""
+    most = problem.spec.max_seqlen_k if problem.packed else None
+    return max(-(-(problem.key_length if most is None else most) // split), 1)
 
 
 def slower_than_triton(problem: Problem) -> bool:
@@ -243,49 +250,76 @@ def not_for_hopper(problem: Problem, macros: dict[str, int], arch: str) -> list[
     return reasons
 
 
-def _map(name: str, meta: TensorMeta, rows: int) -> Map:
-    """Of ``[B, H, L, D]``, or of packed ``[total, H, D]``."""
+def _map(name: str, meta: TensorMeta, *box: int) -> Map:
+    """Of ``[B, H, L, D]``, or of packed ``[total, H, D]``: boxes of so many rows, or of so many rows of several heads.
+
+    With heads a box has those of the first row, then those of the second: as a map of ``[B, L, H, D]``.
+    """
     (b, h, row), (D, H, L) = meta.stride[:3], (meta.shape[-1], meta.shape[1], meta.shape[-2])
     sizes, strides = (meta.shape[0], H, L, D), (b, h, row, 1)
     if len(meta.shape) == 3:
         sizes, strides = (1, H, meta.shape[0], D), (0, h, b, 1)
     # Where a size is 1 a stride leads nowhere, and may be anything.
-    steps = tuple(2 * step if size > 1 else 16 for size, step in zip(sizes[:-1], strides[:-1], strict=True))
-    return Map(name, 1 if meta.dtype == torch.bfloat16 else 2, sizes, (*steps, 2), (1, 1, rows, 64))
+    steps = (*(2 * step if size > 1 else 16 for size, step in zip(sizes[:-1], strides[:-1], strict=True)), 2)
+    order = (0, 1, 2, 3) if len(box) == 1 else (0, 2, 1, 3)
+    dtype = 1 if meta.dtype == torch.bfloat16 else 2
+    shape, steps = tuple(sizes[i] for i in order), tuple(steps[i] for i in order)
+    return Map(name, dtype, shape, steps, (*(1, 1, *box)[-3:], 64))
+
+
+def _hopper_kernel(op: str, problem: Problem, macros: dict[str, int]) -> Kernel:
+    """For sm_90a. Of the forward's, few queries of heads that share their keys are rows of one tile."""
+    cu_seqlens, rows = problem.meta("cu_seqlens_k"), _rows(problem)
+    length = problem.key_length / (1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1))
+    keys = length / 2 if _is_triangle(problem.spec) else length  # that a row sees on average
+    if rows is not None and rows <= HOPPER_ROWS:
+        keys = min(keys, HOPPER_SPLIT)
+    kernel = hopper_kernel(op, (problem.query.shape[-1], problem.value.shape[-1]), macros, keys)
+    if op != "forward" or rows is None:
+        return kernel
+    block, group = kernel.tiles.BLOCK_M, problem.query.shape[1] // problem.key.shape[1]
+    heads = math.gcd(block, group)
+    queries = rows // group
+    together, apart = -(-queries * heads // block), heads * -(-queries // block)  # tiles
+    return kernel._replace(ROWS=heads if 4 * together <= 3 * apart else 1)
+
+
+def _is_triangle(spec: AttentionSpec) -> bool:
+    """Whether the last rows see most keys."""
+    return spec.window_left is None and spec.window_right is not None
 
 
 def _hopper_launch(
-    op: str,
+    kernel: Kernel,
     problem: Problem,
     target: Target,
-    macros: dict[str, int],
     numbers: dict[str, Any],
+    of_keys: bool = False,
     grad_out: TensorMeta | None = None,
+    num_splits: int = 1,
 ) -> Launch:
-    """A kernel of hopper.cuh; ``numbers`` less what depends on its tiles."""
-    spec, query, key, value = problem.spec, problem.query, problem.key, problem.value
-    triangle = spec.window_left is None and spec.window_right is not None  # the last rows see most keys
-    cu_seqlens = problem.meta("cu_seqlens_k")
-    length = problem.key_length / (1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1))
-    kernel = hopper_kernel(op, (query.shape[-1], value.shape[-1]), macros, length / 2 if triangle else length)
-    rows, of_keys = (kernel.tiles.BLOCK_M, kernel.tiles.BLOCK_N), op == "dkdv"
+    """A kernel of hopper.cuh; ``numbers`` less what depends on its tiles; these are of keys or of queries."""
+    query, key, value = problem.query, problem.key, problem.value
+    rows, keys = kernel.tiles.BLOCK_M // kernel.ROWS, kernel.tiles.BLOCK_N
     tiled, other = (key, query) if of_keys else (query, key)  # of which blocks have tiles, and over which they go
-    slots = _slots(tiled, problem.meta("cu_seqlens_k" if of_keys else "cu_seqlens_q"), 1, rows[of_keys])
+    cu_seqlens = problem.meta("cu_seqlens_k" if of_keys else "cu_seqlens_q")
+    slots = _slots(tiled, cu_seqlens, 1, keys if of_keys else rows)
     # So many heads as share what fits the L2 cache.
-    heads, num_other = tiled.shape[1], other.shape[0] if problem.packed else other.shape[2]
+    heads, num_other = tiled.shape[1] // kernel.ROWS, other.shape[0] if problem.packed else other.shape[2]
     shared = 2 * num_other * (query.shape[-1] + value.shape[-1]) * other.shape[1] / heads
     together = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * shared <= L2_BYTES))
     # A block for each multiprocessor begins the next tile while it ends the last. Tiles under a causal mask take
     # equally long in pairs, the longest with the shortest. Others that differ, or take very long, the GPU hands out.
-    chunk = 2 if triangle else 1
+    chunk = 2 if _is_triangle(problem.spec) else 1
     alike = not (problem.packed or problem.has("kv_lengths") or problem.has("kv_starts"))
     alike = alike and (not of_keys or num_other * query.shape[1] <= LONG_ITEM * heads)
-    items = -(-slots["slots"] // chunk) * chunk * heads
+    items = -(-slots["slots"] // chunk) * chunk * heads * num_splits
     blocks = min(items // chunk, target.multiprocessors) if alike else items // chunk
     numbers = numbers | slots | {"items": items, "heads_together": together, "chunk": chunk}
-    maps = [_map("query", query, rows[0]), _map("key", key, rows[1]), _map("value", value, rows[1])]
+    boxes = (rows, kernel.ROWS) if kernel.name == "attention_fwd_hopper" else (rows,)
+    maps = [_map("query", query, *boxes), _map("key", key, keys), _map("value", value, keys)]
     if grad_out is not None:
-        maps.append(_map("grad_out", grad_out, rows[0]))
+        maps.append(_map("grad_out", grad_out, rows))
     return Launch(kernel, blocks, pack_numbers(numbers), tuple(maps))
 
 
@@ -293,38 +327,40 @@ class ForwardPlan(NamedTuple):
     """One kind of call: all but its addresses."""
 
     launches: tuple[Launch, ...]
-    num_splits: int  # parts of the keys
+    num_splits: int  # parts of the keys, of `split` keys
+    split: int = 0
 
 
 @functools.lru_cache(maxsize=4096)
 def forward_plan(problem: Problem, target: Target, out_stride: tuple[int, ...], aligned: bool) -> ForwardPlan:
-    spec, query, key = problem.spec, problem.query, problem.key
+    query, key, rows = problem.query, problem.key, _rows(problem)
     macros, numbers = _common(problem, aligned)
     numbers |= _strides("out", out_stride)
     Dv, Hq = problem.value.shape[-1], query.shape[1]
-    rows = _decode_rows(spec, query, key, problem.packed)
-    num_splits = 1
-    if rows is None:
-        if not not_for_hopper(problem, macros, target.arch):
-            return ForwardPlan((_hopper_launch("forward", problem, target, macros, numbers),), 1)
-        kind = "forward"
+    few, num_splits, split = _few_queries(problem), 1, SPLIT
+    if not few and not not_for_hopper(problem, macros, target.arch):
+        kernel = _hopper_kernel("forward", problem, macros)
+        split = HOPPER_SPLIT // kernel.tiles.BLOCK_N * kernel.tiles.BLOCK_N
+        if rows is not None and rows <= HOPPER_ROWS:
+            num_splits = _num_splits(problem, split)
+        numbers |= {"num_splits": num_splits, "split": split}
+        launches = [_hopper_launch(kernel, problem, target, numbers, num_splits=num_splits)]
     else:
-        kind = "decode" if rows <= 16 else "tall decode"
-        macros["ROWS"] = Hq // max(key.shape[1], 1) or 1
-        max_keys = problem.key_length
-        if problem.packed and spec.max_seqlen_k is not None:
-            max_keys = spec.max_seqlen_k
-        num_splits = max(-(-max_keys // SPLIT), 1)
-    kernel = kernel_of(kind, (query.shape[-1], Dv), macros)
-    numbers |= _slots(query, problem.meta("cu_seqlens_q"), kernel.ROWS, kernel.tiles.BLOCK_M)
-    numbers |= {"num_splits": num_splits, "split": SPLIT}
-    blocks = numbers["slots"] * (Hq // kernel.ROWS) * num_splits
-    launches = [Launch(kernel, blocks, pack_numbers(numbers))]
+        kind = "forward"
+        if few:
+            kind = "decode" if rows is not None and rows <= 16 else "tall decode"
+            macros["ROWS"] = Hq // max(key.shape[1], 1) or 1
+            num_splits = _num_splits(problem, split)
+        kernel = kernel_of(kind, (query.shape[-1], Dv), macros)
+        numbers |= _slots(query, problem.meta("cu_seqlens_q"), kernel.ROWS, kernel.tiles.BLOCK_M)
+        numbers |= {"num_splits": num_splits, "split": split}
+        blocks = numbers["slots"] * (Hq // kernel.ROWS) * num_splits
+        launches = [Launch(kernel, blocks, pack_numbers(numbers))]
     if num_splits > 1:
         numbers["Lq"] = lse_shape(query)[-1]
         combine = combine_kernel(Dv, macros["BF16"])
         launches.append(Launch(combine, numbers["num_rows"], pack_numbers(numbers)))
-    return ForwardPlan(tuple(launches), num_splits)
+    return ForwardPlan(tuple(launches), num_splits, split)
 
 
 def forward(spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
@@ -399,10 +435,9 @@ def backward_plan(
         kinds = [("dkdv", 3), ("dq", 3)]
         if sum(columns_of(head_dims)) > 256:  # as below
             kinds[:1] = [("dkdv", 1), ("dkdv", 2)]
-        launches += [
-            _hopper_launch(op, problem, target, macros | {"GRADIENTS": gradients}, numbers, grad_out)
-            for op, gradients in kinds
-        ]
+        for op, gradients in kinds:
+            kernel = _hopper_kernel(op, problem, macros | {"GRADIENTS": gradients})
+            launches.append(_hopper_launch(kernel, problem, target, numbers, op == "dkdv", grad_out))
     else:
         launches += _split_launches(problem, target.arch, macros, ordered, start)
     if mask_sizes is not None:
@@ -481,5 +516,5 @@ def describe(problem: Problem) -> str:
         return f"{arch}, {'; '.join(f'{role}: {t}' for role, t in zip(roles, tiles.values(), strict=True))}{older}"
     plan = forward_plan(problem, target, problem.query.stride, True)
     older = "" if _few_queries(problem) else older
-    parts = "" if plan.num_splits == 1 else f"{plan.num_splits} parts of {SPLIT} keys, "
+    parts = "" if plan.num_splits == 1 else f"{plan.num_splits} parts of {plan.split} keys, "
     return f"{arch}, {parts}{plan.launches[0].kernel.tiles}{older}"
