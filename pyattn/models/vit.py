@@ -73,6 +73,7 @@ class ViT(nn.Module):
         self.grid = image[0] // patch, image[1] // patch
         self.project = nn.Linear(channels * patch**2, dim)
         self.first = nn.Parameter(torch.zeros(dim))
+        # Not lost beside projected patches, whose elements begin at about 0.6.
         self.positions = nn.Parameter(0.2 * torch.randn(1 + self.grid[0] * self.grid[1], dim))
         self.dropout = nn.Dropout(dropout)
         hidden = 4 * dim if hidden is None else hidden

@@ -328,7 +328,7 @@ class ForwardPlan(NamedTuple):
 
     launches: tuple[Launch, ...]
     num_splits: int  # parts of the keys, of `split` keys
-    split: int = 0
+    split: int
 
 
 @functools.lru_cache(maxsize=4096)
