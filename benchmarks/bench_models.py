@@ -167,7 +167,8 @@ def find_longest(cell: Cell, benchmark: Any) -> dict[str, Any]:
 def longest(cell: Cell, name: str) -> dict[str, int]:
     """The longest context, in steps of STEP, whose first training step takes at most MEMORY, to a sixteenth.
 
-    Memory grows as a power of the length, which two shorter ones tell, so that few long steps are taken.
+    Memory grows as a power of the length, or in a line, which two shorter ones tell, the longer at least a quarter of
+    what is tried next: few long steps are taken.
     """
 
     def peak(length: int) -> int:
@@ -182,7 +183,11 @@ def longest(cell: Cell, name: str) -> dict[str, int]:
         over = min((length for length, taken in peaks.items() if taken > MEMORY), default=None)
         if peaks[best] >= MEMORY * 15 / 16 or best == cell.length or over == best + STEP:
             return {"length": best, "bytes": peaks[best]}
-        guess = min(cell.length, int(longer * (0.98 * MEMORY / more) ** (1 / power)) // STEP * STEP)
+        aim = 0.98 * MEMORY
+        guess = longer * (aim / more) ** (1 / power)
+        if power < 1:  # a part that does not grow
+            guess = longer + (aim - more) * (longer - shorter) / (more - less)
+        guess = min(cell.length, 4 * longer, int(guess) // STEP * STEP)
         if guess <= best or (over is not None and guess >= over):  # it has been there
             guess = best + STEP if over is None else (best + over) // 2 // STEP * STEP
         peaks[guess] = peak(guess)

@@ -26,7 +26,7 @@ checks.require_extra("models", "matplotlib", "rich", "safetensors", "sklearn", "
 VOCABULARY, LONGEST = 2000, 48  # tokens of a text; what is beyond is cut off
 SIZE = {"dim": 128, "depth": 3, "heads": 4, "max_length": LONGEST}
 KINDS, FEW = 14, 100  # the most frequent kinds, and labels of each
-STEPS = {"pre-training": 1000, "few": 200, "all": 1200}
+STEPS = {"pre-training": 1000, "few": 200, "all": 1000}
 LEARNING_RATE = {"pre-training": 2e-3, "few": 5e-4, "all": 1e-3}
 BATCH = 64
 Gloss = tuple[str, str]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyattn import jit
 from pyattn.backends import cuda
-from pyattn.backends.cuda import launch
+from pyattn.backends.cuda import call, hopper, launch
 from pyattn.backends.cuda.kernels import FEW_KEYS, Kernel
 from pyattn.backends.cuda.launch import Target
 from pyattn.spec import AttentionSpec, AttentionTensors, Problem, empty_output
@@ -39,8 +39,8 @@ def kernels(
     """Those of ``CONTENTS``, for each dtype and each (D, Dv); those of the forward for each page size, too."""
     found: dict[Kernel, None] = {}
     for dtype, (D, Dv), page_size, group in product(dtypes, head_dims, (0, *page_sizes), GROUPS):
-        few = (1, cuda.DECODE_ROWS // group)  # decode, tall decode
-        for queries in (*few, cuda.DECODE_ROWS + 1, cuda.HOPPER_ROWS // group + 1):
+        few = (1, call.DECODE_ROWS // group)  # decode, tall decode
+        for queries in (*few, call.DECODE_ROWS + 1, hopper.MAX_ROWS // group + 1):
             for keys in (cuda.SPLIT + 1, FEW_KEYS):  # of more than one part: decode has results to add up
                 found |= dict.fromkeys(_kernels(arch, dtype, D, Dv, group, queries, keys, page_size))
     return list(found)

@@ -20,7 +20,7 @@ from gpu_kernels import DEVICE, GPU, MAX_HEAD_DIM, ON_GPU, Kernels, assert_modes
 import pyattn
 from pyattn import dispatch, jit
 from pyattn.backends import cuda
-from pyattn.backends.cuda import launch
+from pyattn.backends.cuda import call, hopper, launch
 from pyattn.backends.cuda.kernels import LEAST_SHARED_BYTES, SHARED_BYTES, kernel_of, unordered
 from pyattn.testing import CASES, OUTPUTS, Case, check_case, make_inputs
 
@@ -144,7 +144,7 @@ def test_unaligned_addresses(at_work):
         moved[name] = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape).requires_grad_()
         assert moved[name].data_ptr() % 16
     kernels = Kernels("cuda", torch.bfloat16)
-    with mock.patch.object(cuda, "not_for_hopper", lambda *_: ["held to those for sm_80"]), emulator.cleared():
+    with mock.patch.object(hopper, "why_not", lambda *_: ["held to those for sm_80"]), emulator.cleared():
         assert_same_bits(kernels.results(moved, OUTPUTS), kernels.results(kwargs, OUTPUTS))
 
 
@@ -240,7 +240,7 @@ def test_a_mutant_is_caught(mutant, tmp_path):
 
 @on_emulator
 def test_a_scale_that_is_a_little_off_is_caught(at_work, monkeypatch):
-    monkeypatch.setattr(cuda, "_LOG2E", cuda._LOG2E * 1.002)
+    monkeypatch.setattr(call, "_LOG2E", call._LOG2E * 1.002)
     with pytest.raises(AssertionError, match=NUMBER):
         check(BY_NAME["gqa"], torch.float16)
 

@@ -15,8 +15,8 @@ from gpu_kernels import MAX_HEAD_DIM, ON_GPU, Kernels, assert_modes_give_the_sam
 
 import pyattn
 from pyattn.backends import cuda
+from pyattn.backends.cuda import call, hopper, launch
 from pyattn.backends.cuda import kernels as cuda_kernels
-from pyattn.backends.cuda import launch
 from pyattn.backends.cuda.kernels import HOPPER_TILES, SHARED_BYTES, Tiles, hopper_kernel
 from pyattn.testing import CASES, OUTPUTS, Case, make_inputs
 
@@ -31,8 +31,8 @@ HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256),
 def not_for_hopper(case):
     """Why a case's forward is not computed by the kernels tested here."""
     problem = pyattn.explain(**make_inputs(case, torch.bfloat16)).problem
-    macros, _ = cuda._common(problem, True)
-    return ["few queries"] if cuda._few_queries(problem) else cuda.not_for_hopper(problem, macros, "sm_90a")
+    macros, _ = call.common(problem, True)
+    return ["few queries"] if call.few_queries(problem) else hopper.why_not(problem, macros, "sm_90a")
 
 
 # With few queries only the backward is theirs.
@@ -305,7 +305,7 @@ def test_a_mutant_is_caught(mutant, tmp_path, small_tiles):
     file, old, new, case, complaint = MUTANTS[mutant]
     sources = emulator.plant(tmp_path / "cuda", file, old, new)
     with (
-        mock.patch.object(cuda, "HOPPER_SPLIT", 64 if case == "parts" else cuda.HOPPER_SPLIT),
+        mock.patch.object(hopper, "SPLIT", 64 if case == "parts" else hopper.SPLIT),
         emulator.installed(sources, arch="sm_90a"),
         pytest.raises((AssertionError, RuntimeError), match=complaint),
     ):
