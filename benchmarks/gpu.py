@@ -90,7 +90,9 @@ def competitors(cell: Cell) -> list[str]:
     torchs = ["SDPA flash", "SDPA cuDNN", "SDPA efficient"]
     if cell.stage == "decode":
         return [*OURS, *(f"{name}, pages" for name in OURS), *torchs]
-    return [*OURS, *torchs, *(["FlexAttention"] if (cell.length, cell.head_dim) == (8192, 128) else [])]
+    any_order = ["pyattn, cuda, any order"] if cell.stage == "backward" else []
+    flex = ["FlexAttention"] if (cell.length, cell.head_dim) == (8192, 128) else []
+    return [*OURS, *any_order, *torchs, *flex]
 
 
 # ---- one row -----------------------------------------------------------------------------------------------

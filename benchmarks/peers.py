@@ -8,6 +8,7 @@ next.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,9 @@ def ours(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
     return lambda: pyattn.attention(query, key, value, causal=causal)
 
 
-def ours_by(backend: str) -> Callable[[Tensor, Tensor, Tensor, bool], Prepared]:
+def ours_by(backend: str, **options: Any) -> Callable[[Tensor, Tensor, Tensor, bool], Prepared]:
     def prepare(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Prepared:
-        return lambda: pyattn.attention(query, key, value, causal=causal, backend=backend)
+        return lambda: pyattn.attention(query, key, value, causal=causal, backend=backend, **options)
 
     return prepare
 
@@ -219,6 +220,7 @@ PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Prepared]] = {
 ON_GPUS: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Prepared]] = {
     "pyattn, cuda": ours_by("cuda"),
     "pyattn, triton": ours_by("triton"),
+    "pyattn, cuda, any order": ours_by("cuda", deterministic=False),
     "pyattn, cuda, pages": ours_paged(shuffled=True, backend="cuda"),
     "pyattn, triton, pages": ours_paged(shuffled=True, backend="triton"),
     "SDPA flash": sdpa_by("FLASH_ATTENTION"),

@@ -29,7 +29,7 @@ from pyattn.backends.cuda import launch
 ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "csrc" / "emulator"
 BUILD = ROOT / "build" / "emulator"
-SHAPES = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "WARPS_M", "WARPS_N")  # sizes of arrays
+SHAPES = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV", "WARPS_M", "WARPS_N", "UNORDERED")  # of which sizes depend
 FLAGS = (
     "BF16",
     "ALIGNED",
@@ -41,7 +41,6 @@ FLAGS = (
     "DROPOUT",
     "NEGATIVE",
     "GRADIENTS",
-    "UNORDERED",
 )
 # Without GNU's unique symbols: each library has its own machine.
 COMPILE = "-std=c++17 -O1 -shared -fPIC -fno-gnu-unique -fvisibility=hidden -fno-math-errno -Wno-unknown-pragmas"

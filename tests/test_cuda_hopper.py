@@ -17,14 +17,22 @@ import pyattn
 from pyattn.backends import cuda
 from pyattn.backends.cuda import call, hopper, launch
 from pyattn.backends.cuda import kernels as cuda_kernels
-from pyattn.backends.cuda.kernels import HOPPER_TILES, SHARED_BYTES, Tiles, hopper_kernel
+from pyattn.backends.cuda.kernels import (
+    HOPPER_TILES,
+    SHARED_BYTES,
+    Tiles,
+    has_unordered_hopper_kernel,
+    hopper_kernel,
+)
 from pyattn.testing import CASES, OUTPUTS, Case, make_inputs
 
 if ON_GPU or not emulator.supported():
     pytest.skip("runs on the emulator, on x86-64", allow_module_level=True)
 TYPES = (torch.bfloat16, torch.float16)
 BY_NAME = {case.name: case for case in CASES}
-SMALL = {"forward": Tiles(128, 32, 12), "dkdv": Tiles(32, 128, 12), "dq": Tiles(128, 32, 12)}
+SMALL = {"forward": Tiles(128, 32, 12), "dkdv": Tiles(32, 128, 12), "dq": Tiles(128, 32, 12)} | {
+    "unordered dkdv": Tiles(64, 128, 12)
+}
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 104), (64, 256))
 
 
@@ -68,9 +76,9 @@ def racing(request):
     return request.param
 
 
-def check(case, dtype, racing, **options):
+def check(case, dtype, racing, backward=True, **options):
     launch.gpu.configure(racing, seed=1)
-    Kernels("cuda", dtype).check(case, **options)
+    Kernels("cuda", dtype).check(case, backward, **options)
 
 
 # ---- conformance -------------------------------------------------------------------------------------------
@@ -140,17 +148,24 @@ def test_keys_that_are_not_in_use_may_be_nan(racing, at_work, small_tiles):
     assert_same_bits(*results_with_nan())
 
 
-def test_sequences_beside_each_other_do_not_meet(racing, at_work, small_tiles):
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_sequences_beside_each_other_do_not_meet(deterministic, racing, at_work, small_tiles):
     """The tile that ends one packed sequence begins the next one, here full of NaN."""
     lengths = (100, 60, 90)
     launch.gpu.configure(racing, seed=1)
+    torch.use_deterministic_algorithms(deterministic)
     total, kernels = sum(lengths), Kernels("cuda", torch.float16)
-    q, k, v = (torch.randn(total, 2, 64, dtype=torch.float16) for _ in range(3))
+    q, k, v = (torch.randn(total, 2, 40, dtype=torch.float16) for _ in range(3))
     cu_seqlens = torch.tensor([0, 100, 160, 250], dtype=torch.int32)
 
     def run(*tensors):
         leaves = dict(zip(("query", "key", "value"), (x.clone().requires_grad_() for x in tensors), strict=True))
-        packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "causal": True}
+        packed = {
+            "cu_seqlens_q": cu_seqlens,
+            "cu_seqlens_k": cu_seqlens,
+            "causal": True,
+            "deterministic": deterministic,
+        }
         grads = {"out": torch.ones_like(q)}
         grads["out"][100:160] = tensors[0][100:160] * 0 + 1
         return kernels.results(leaves | packed, ("out",), grads)
@@ -198,7 +213,7 @@ def test_few_queries_of_packed_sequences(racing, at_work, small_tiles):
 @pytest.mark.parametrize("name", ["gqa", "sinks, window, empty rows", "tiles, padding", "alibi, both sides, gqa"])
 def test_keys_in_parts(name, at_work, small_tiles):
     """Some parts are beyond what rows see, and give nothing; a sink counts once."""
-    with mock.patch.object(cuda, "HOPPER_SPLIT", 50), mock.patch.object(cuda, "HOPPER_ROWS", 2**20), emulator.cleared():
+    with mock.patch.object(hopper, "SPLIT", 50), mock.patch.object(hopper, "MAX_ROWS", 2**20), emulator.cleared():
         plan = planned(BY_NAME[name])
         assert plan.split == 32 and plan.num_splits > 1 and len(plan.launches) == 2
         check(BY_NAME[name], torch.bfloat16, racing="sinks" in name, backward=False)
@@ -212,6 +227,36 @@ def test_only_few_queries_have_their_keys_in_parts(at_work):
     assert [planned(dataclasses.replace(case, **other)).num_splits for other in parts] == [4, 1, 1]
     text = str(pyattn.explain(**make_inputs(case, torch.bfloat16), backend="cuda"))
     assert "4 parts of 2048 keys" in text
+
+
+@pytest.fixture
+def in_any_order():
+    torch.use_deterministic_algorithms(False)
+    return {"deterministic": False}
+
+
+UNORDERED = {
+    **{name: BY_NAME[name] for name in ("tiles, gqa", "tiles, gqa, window", "packed, many", "padding right")},
+    **{
+        f"D {D}, {Dv}": Case("head dim", B=1, Hq=2, Hkv=1, Lq=130, Lk=280, D=D, Dv=Dv, causal=True)
+        for D, Dv in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (40, 104))
+    },
+}
+
+
+@pytest.mark.parametrize("name", some(UNORDERED, ("tiles, gqa", "packed, many", "D 128, 128", "D 192, 128")))
+def test_gradients_in_any_order(name, racing, in_any_order, at_work):
+    """Blocks of keys add to the query's gradient as they come; the tolerance is the same."""
+    kwargs = make_inputs(UNORDERED[name], torch.float16, requires_grad=True) | in_any_order
+    assert "keys, and queries in any order" in str(pyattn.explain(**kwargs, backend="cuda"))
+    check(UNORDERED[name], torch.float16, racing, **in_any_order)
+
+
+def test_what_has_no_room_for_sums_in_any_order(in_any_order, at_work):
+    for case in (BY_NAME["softcap"], Case("head dim", B=1, Hq=1, Hkv=1, Lq=70, Lk=70, D=256)):
+        kwargs = make_inputs(case, torch.float16, requires_grad=True) | in_any_order
+        assert "any order" not in str(pyattn.explain(**kwargs, backend="cuda")), case
+    check(case, torch.float16, False, **in_any_order)
 
 
 def test_modes_do_not_change_the_bits(at_work, small_tiles):
@@ -279,6 +324,18 @@ MUTANTS = {
     "group's other heads": (DKDV, "last_head(head + p.Hq / p.Hkv)", "last_head(head + 1)", "tiles, gqa", NUMBER),
     "missing wait for gradients": (DKDV,
         GRADIENTS_WAIT, GRADIENTS_WAIT.partition("\n")[2], "tiles, gqa", f"{RACE}|{FENCE}|{NUMBER}|products"),
+    "any order, scores nobody waits for": (DKDV,
+        "prim::barrier_wait(shared.full(SCORES, scores_at.stage), scores_at.parity);", "", "D 128, 128", RACE),
+    "any order, scores in one place": (DKDV, "all_scores + stage * ScoresTile::BYTES", "all_scores", "D 128, 128",
+        RACE),
+    "any order, missing fence": (DKDV, "  prim::fence_stores();\n  prim::sync_warp();\n  release(full);",
+        "  prim::sync_warp();\n  release(full);", "D 128, 128", FENCE),
+    "any order, keys overwritten": (DKDV, "wait_for_consumers();", "wait_for_consumer();", "D 128, 128", RACE),
+    "any order, the same columns": (DKDV, "(consumer() + stage) % CONSUMERS", "stage % CONSUMERS",
+        "D 64, 64", NUMBER),
+    "any order, last columns": (DKDV, "i < KeyTile::PANELS", "i < CONSUMERS", "D 192, 192", NUMBER),
+    "any order, scores not transposed": (DKDV, "multiply_async<true, true>", "multiply_async<true, false>",
+        "D 128, 128", f"{NUMBER}|{RACE}"),
     "no derivative of softcap": (DKDV, "if (SOFTCAP) grad.x[0][n][e] *= derivative.x[0][n][e];", "", "softcap", NUMBER),
 }  # fmt: skip
 QUICK_MUTANTS = (
@@ -292,6 +349,7 @@ QUICK_MUTANTS = (
     "registers that nobody gave",
     "keys of the next tile",
     "missing wait for gradients",
+    "any order, keys overwritten",
 )
 EXTRA = {
     "persistent": Case("persistent", B=1, Hq=4, Hkv=2, Lq=400, Lk=300, D=64, causal=True),
@@ -303,14 +361,15 @@ EXTRA = {
 @pytest.mark.parametrize("mutant", some(MUTANTS, QUICK_MUTANTS))
 def test_a_mutant_is_caught(mutant, tmp_path, small_tiles):
     file, old, new, case, complaint = MUTANTS[mutant]
-    sources = emulator.plant(tmp_path / "cuda", file, old, new)
+    sources, ordered = emulator.plant(tmp_path / "cuda", file, old, new), not mutant.startswith("any order")
+    torch.use_deterministic_algorithms(ordered)
     with (
         mock.patch.object(hopper, "SPLIT", 64 if case == "parts" else hopper.SPLIT),
         emulator.installed(sources, arch="sm_90a"),
         pytest.raises((AssertionError, RuntimeError), match=complaint),
     ):
         for racing in (False, True):
-            check((BY_NAME | EXTRA)[case], torch.float16, racing, backward=file != FWD)
+            check((BY_NAME | UNORDERED | EXTRA)[case], torch.float16, racing, file != FWD, deterministic=ordered)
 
 
 def test_nan_that_comes_into_a_product_is_caught(tmp_path, small_tiles):
@@ -326,12 +385,15 @@ def test_kernels_fit_the_gpu():
     for D, Dv in HEAD_DIMS:
         for mask in (0, 3):
             macros = dict.fromkeys(emulator.FLAGS, 0) | {"ROWS": 1, "MASK": mask}
-            macros.pop("UNORDERED"), macros.pop("GRADIENTS")
-            for op, keys in (("forward", 1e3), ("forward", 1e4), ("dkdv", 1e3), ("dq", 1e3)):
+            macros.pop("GRADIENTS")
+            ops = [("forward", 1e3), ("forward", 1e4), ("dkdv", 1e3), ("dq", 1e3)]
+            if has_unordered_hopper_kernel((D, Dv), macros):
+                ops.append(("unordered dkdv", 1e3))
+            for op, keys in ops:
                 kernel = hopper_kernel(op, (D, Dv), macros, keys)
                 assert kernel.shared_bytes <= SHARED_BYTES["sm_90a"], (op, D, Dv)
                 assert (
-                    kernel.threads == 64 * (kernel.tiles.BLOCK_N if op == "dkdv" else kernel.tiles.BLOCK_M) // 32 + 128
+                    kernel.threads == 64 * (kernel.tiles.BLOCK_N if "dkdv" in op else kernel.tiles.BLOCK_M) // 32 + 128
                 )
 
 
@@ -379,7 +441,7 @@ def test_a_gpu_that_is_not_hopper_has_the_kernels_for_sm_80():
 
 def test_few_keys_leave_room_for_a_second_query():
     macros = dict.fromkeys(emulator.FLAGS, 0) | {"ROWS": 1}
-    macros.pop("UNORDERED"), macros.pop("GRADIENTS")
+    macros.pop("GRADIENTS")
     few, many = (hopper_kernel("forward", (128, 128), macros, keys) for keys in (1000, cuda_kernels.FEW_KEYS))
     assert few.tiles.BLOCK_N < many.tiles.BLOCK_N
 
@@ -393,7 +455,7 @@ def test_heads_go_together_as_far_as_the_cache_goes(at_work):
             "heads_together",
         )
 
-    with mock.patch.object(cuda, "L2_BYTES", 4 * 2**18), emulator.cleared():
+    with mock.patch.object(hopper, "L2_BYTES", 4 * 2**18), emulator.cleared():
         assert [together(length) for length in (128, 1024, 2048, 8192)] == [8, 4, 2, 1]
 
 

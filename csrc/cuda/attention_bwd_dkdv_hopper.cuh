@@ -1,6 +1,6 @@
 // The gradients of keys and values for sm_90a. A block owns BLOCK_N keys of one sample and key head after the other, 64
 // for each of its consumers, and goes over the rows that see them, in each query head of the group: every gradient has
-// one owner, so there are no atomics. hopper.cuh has the roles.
+// one owner, so there are no atomics but where they are asked for. hopper.cuh has the roles.
 //
 //   tiles (pyattn/backends/cuda/kernels.py)         registers of a consumer for dK, dV, S, dP, P, dS
 //     D    64   128 keys x 96 rows, 2 consumers      32 +  32 + 48 + 48 + 24 + 24
@@ -8,9 +8,11 @@
 //     D   128   128 keys x 64 rows, 2 consumers      64 +  64 + 32 + 32 + 16 + 16
 //     D   192   128 keys x 64 rows, 2 consumers      96 or 96 + 32 + 32 + 16 + 16: in two passes, see GRADIENTS
 //     D   256   128 keys x 32 rows, 2 consumers     128 or 128 + 16 + 16 +  8 +  8
+//     UNORDERED: 64 rows, and 32 more registers when those for S and dP are free; not at D 256
 //
 //   shared memory  key [BLOCK_N, D], later dK; value [BLOCK_N, Dv], later dV; three of query [BLOCK_M, D], grad_out
-//                  [BLOCK_M, Dv], lse and delta, two where there is no room
+//                  [BLOCK_M, Dv], lse and delta, two where there is no room; with UNORDERED two of dS^T [BLOCK_N,
+//                  BLOCK_M]
 //
 // Tiles are transposed: a consumer has its keys as the rows of S^T = K Q^T and dP^T = V dO^T, and so P^T and dS^T are
 // left operands of dV += P^T dO and dK += dS^T Q as they are, in registers. Consumers give the tensor cores their
@@ -20,6 +22,10 @@
 //    |         S2, dP2, dV += P1 dO, dK += ..   waits for S2, dP2      S2, dP2                     waits for S2
 //    |         dV += P1 dO, dK += dS1 Q         P2, dS2                dP2                         P2
 //    v         S3, dP3, dV += P2 dO, dK += ..   waits for S3, dP3      dV += P2 dO, dK += dS2 Q    dS2
+//
+// With UNORDERED the gradient of the query is summed here as well, in float and by atomics, in whatever order blocks
+// come: five products instead of seven, and results whose last bits vary. dQ = dS K sums over the keys of all
+// consumers, so dS^T goes through shared memory; a consumer then has 64 columns of dQ at a time.
 #include "gradient.cuh"
 #include "hopper.cuh"
 
@@ -29,7 +35,8 @@ using KeyTile = PanelTile<BLOCK_N, BLOCK_D>;
 using ValueTile = PanelTile<BLOCK_N, BLOCK_DV>;
 using QueryTile = PanelTile<BLOCK_M, BLOCK_D>;
 using GradTile = PanelTile<BLOCK_M, BLOCK_DV>;
-static_assert(BLOCK_N == 64 * CONSUMERS && BLOCK_M % 16 == 0, "tiles and warps");
+using ScoresTile = PanelTile<BLOCK_N, BLOCK_M>;  // dS^T
+static_assert(BLOCK_N == 64 * CONSUMERS && (UNORDERED ? BLOCK_M == 64 : BLOCK_M % 16 == 0), "tiles and warps");
 
 struct alignas(64) MappedParams {
   prim::TensorMap query, key, value, grad_out;  // boxes of [1, 1, BLOCK_M or BLOCK_N, 64]
@@ -82,29 +89,33 @@ struct Terms {
 };
 
 constexpr int STAGE_BYTES = QueryTile::BYTES + GradTile::BYTES + Terms::BYTES;
-constexpr int KEYS_BYTES = KeyTile::BYTES + ValueTile::BYTES;
-constexpr int STAGES = KEYS_BYTES + 3 * STAGE_BYTES + BARRIERS_BYTES <= SHARED_LIMIT ? 3 : 2;
+constexpr int SCORES_BYTES = UNORDERED ? 2 * ScoresTile::BYTES : 0;
+constexpr int LEAST_BYTES = KeyTile::BYTES + ValueTile::BYTES + 2 * STAGE_BYTES + SCORES_BYTES + BARRIERS_BYTES;
+constexpr int STAGES = LEAST_BYTES + STAGE_BYTES <= SHARED_LIMIT ? 3 : 2;
 
-enum Kind { ROW, KEY };  // of a stage; of the tile of keys
+enum Kind { ROW, KEY, SCORES };  // of a stage; of the tile of keys; of dS^T
 
 struct Shared {  // where what lies
   KeyTile key{prim::shared_base()};
   ValueTile value{key.base + KeyTile::BYTES};
   uint32_t queries = value.base + ValueTile::BYTES, grads = queries + STAGES * QueryTile::BYTES;
-  uint32_t all_terms = grads + STAGES * GradTile::BYTES, barriers = all_terms + STAGES * Terms::BYTES;
+  uint32_t all_scores = grads + STAGES * GradTile::BYTES, all_terms = all_scores + SCORES_BYTES;
+  uint32_t barriers = all_terms + STAGES * Terms::BYTES;
 
   DEV QueryTile query(int stage) const { return {queries + stage * QueryTile::BYTES}; }
   DEV GradTile grad_out(int stage) const { return {grads + stage * GradTile::BYTES}; }
   DEV Terms terms(int stage) const { return {all_terms + stage * Terms::BYTES}; }
+  DEV ScoresTile scores(int stage) const { return {all_scores + stage * ScoresTile::BYTES}; }
   DEV uint32_t landed() const { return barriers; }
   DEV uint32_t full(Kind kind, int stage) const { return barriers + 8 + 16 * (kind * STAGES + stage); }
   DEV uint32_t empty(Kind kind, int stage) const { return full(kind, stage) + 8; }
 
   DEV void init() const {
     prim::barrier_init(landed(), 1);
-    for (const Kind kind : {ROW, KEY})
+    for (const Kind kind : {ROW, KEY, SCORES})
       for (int stage = 0; stage < STAGES; ++stage) {
-        prim::barrier_init(full(kind, stage), kind == ROW ? 3 : 2);  // query, grad_out, terms; key, value
+        // Query, grad_out, terms; key, value; the warps that have keys.
+        prim::barrier_init(full(kind, stage), kind == ROW ? 3 : kind == KEY ? 2 : CONSUMER_WARPS);
         prim::barrier_init(empty(kind, stage), CONSUMER_WARPS);
       }
   }
@@ -171,7 +182,7 @@ DEV void produce(const MappedParams& maps, const Shared& shared) {
 // Whether the next scores are begun before the last gradients: there must be registers for both, and a stage more.
 DEV bool early() {
   const int sums = (GRADIENTS & 2 ? BLOCK_D : 0) + (GRADIENTS & 1 ? BLOCK_DV : 0);
-  return STAGES == 3 && (sums + 3 * BLOCK_M) / 2 <= 208;
+  return !UNORDERED && STAGES == 3 && (sums + 3 * BLOCK_M) / 2 <= 208;
 }
 
 // What a consumer has of a tile of rows: [keys, rows].
@@ -233,10 +244,66 @@ struct Scores {
   }
 };
 
+// This warp's rows of dS^T, where all consumers find them.
+DEV void share(const Scores& scores, const ScoresTile& to, uint32_t full) {
+  const int row = consumer() * 64 + warp_row();
+#pragma unroll
+  for (int n = 0; n < MT; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      prim::store_shared(to.at(row + fragment_row(0, 2 * half), n) + lane() % 4 * 4,
+                         scores.grads[n / 2][n % 2 * 2 + half]);
+  prim::fence_stores();
+  prim::sync_warp();
+  release(full);
+}
+
+// dQ += dS K for a tile of rows, added to what other blocks found. Consumers have 64 columns in turns, which begin with
+// another one each time.
+DEV void add_grad_query(const Params& p, const Sample& s, const RowTiles& rows, const Shared& shared, int stage) {
+#pragma unroll
+  for (int i = 0; i < KeyTile::PANELS; i += CONSUMERS) {
+    const int panel = i + (consumer() + stage) % CONSUMERS;
+    if (panel >= KeyTile::PANELS) break;
+    Fragment<1, 8> sum;
+    sum.fill(0);
+    prim::products_fence(sum.x);
+#pragma unroll
+    for (int k = 0; k < BLOCK_N; k += 16)
+      prim::multiply_async<true, true>(sums_of(sum), shared.scores(stage).rows(k), shared.key.rows(k, panel), k > 0,
+                                       BF16);
+    prim::products_commit();
+    prim::products_wait<0>(sum.x);
+    // Of two threads beside each other one has four columns of eight, the other four of the next eight.
+    const bool odd = lane() % 2;
+    const int row = rows.first_row + warp_row(), col = panel * 64 + odd * 8 + lane() % 4 / 2 * 4;
+    float* const to = p.query_sums + (s.b * p.lse_b + rows.head * p.lse_h + s.first_q + row) * p.D + col;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = fragment_row(0, 2 * half);
+#pragma unroll
+      for (int n = 0; n < 8; n += 2) {
+        float mine[2], other[2], four[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float first = sum.x[0][n][2 * half + i] * p.grad_scale;
+          const float second = sum.x[0][n + 1][2 * half + i] * p.grad_scale;
+          mine[i] = odd ? second : first;
+          other[i] = prim::shuffle_xor(odd ? first : second, 1);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) four[i] = odd ? other[i] : mine[i], four[2 + i] = odd ? mine[i] : other[i];
+        if (row + r < s.Lq && col + n * 8 < p.D) prim::atomic_add(to + r * p.D + n * 8, four);
+      }
+    }
+  }
+}
+
 DEV void consume(const Params& p, const Shared& shared) {
   const int tile_row = consumer() * 64 + warp_row();
   Ring<1> key_at;
   Ring<STAGES> at, used_at;
+  Ring<2> scores_at;
   begin_turns();
 
   for_items(p, true, [&](const Item& item) {
@@ -312,8 +379,15 @@ DEV void consume(const Params& p, const Shared& shared) {
             prim::products_wait<0>(scores.grad.x);
           scores.differentiate(terms);
           pack(scores.grads, scores.grad);
+          if (UNORDERED) share(scores, shared.scores(scores_at.stage), shared.full(SCORES, scores_at.stage));
           prim::products_fence(scores.grads);
           begin_multiply_add(grad_key, scores.grads, shared.query(at.stage));
+        }
+        if (UNORDERED) {
+          // Who has these of the next tile has had those of the last: two are enough.
+          prim::barrier_wait(shared.full(SCORES, scores_at.stage), scores_at.parity);
+          add_grad_query(p, s, rows, shared, scores_at.stage);
+          scores_at.next();
         }
         prim::products_wait<0>(scores.weights, scores.grads, grad_key.x, grad_value.x);
         release(shared.empty(ROW, at.stage));
@@ -321,7 +395,11 @@ DEV void consume(const Params& p, const Shared& shared) {
       } while (rows.next());
     }
 
-    wait_for_consumer();  // no product reads these keys and values any more
+    // No product reads these keys and values any more.
+    if (UNORDERED)
+      wait_for_consumers();
+    else
+      wait_for_consumer();
     const int64_t to_key = s.b * p.grad_key_b + item.head * p.grad_key_h + (s.first_k + first_key) * p.grad_key_l;
     const int64_t to_value =
         s.b * p.grad_value_b + item.head * p.grad_value_h + (s.first_k + first_key) * p.grad_value_l;

@@ -19,6 +19,7 @@ DEV int warp_row() { return prim::thread() / 32 % 4 * 16; }  // of a warp's 16 r
 // Consumers give the tensor cores their products in turns, so that one takes exponentials while others multiply. Each
 // waits at a barrier of its own for the one before it; the first turn is that of consumer 0.
 constexpr int TURN = 1, TOGETHER = TURN + CONSUMERS;  // named barriers, one of each for each consumer
+constexpr int ALL = TOGETHER + CONSUMERS;             // and one for all
 
 DEV void take_turn() { prim::named_sync(TURN + consumer(), 256); }
 DEV void pass_turn() { prim::named_arrive(TURN + (consumer() + 1) % CONSUMERS, 256); }
@@ -26,8 +27,9 @@ DEV void begin_turns() {
   if (consumer() == CONSUMERS - 1) pass_turn();
 }
 
-// All warps of this consumer.
+// All warps of this consumer, or of all.
 DEV void wait_for_consumer() { prim::named_sync(TOGETHER + consumer(), 128); }
+DEV void wait_for_consumers() { prim::named_sync(ALL, 128 * CONSUMERS); }
 
 // ---- tiles in shared memory ---------------------------------------------------------------------------------------
 
@@ -44,8 +46,10 @@ struct PanelTile {
   DEV uint64_t columns(int row, int col) const {
     return prim::operand(base + row * 128, 16, 1024) + (col / 64 * PANEL_BYTES + col % 64 * 2) / 16;
   }
-  // The right operand of a product over rows [row, row + 16), with all columns.
-  DEV uint64_t rows(int row) const { return prim::operand(base, PANEL_BYTES, 1024) + row * 128 / 16; }
+  // The operand of a product over rows [row, row + 16), with columns from those of a panel on.
+  DEV uint64_t rows(int row, int panel = 0) const {
+    return prim::operand(base, PANEL_BYTES, 1024) + (panel * PANEL_BYTES + row * 128) / 16;
+  }
 
   // Of the eight elements from column 8 * chunk on.
   DEV uint32_t at(int row, int chunk) const {

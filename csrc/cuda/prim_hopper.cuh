@@ -88,6 +88,13 @@ DEV void fence_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "mem
 DEV void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEV void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// To four floats that begin at a multiple of 16 bytes.
+DEV void atomic_add(float* address, const float (&x)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x[0]), "f"(x[1]),
+               "f"(x[2]), "f"(x[3])
+               : "memory");
+}
+
 // How many registers a thread of this warpgroup has from now on: what some give others can take.
 template <int count>
 DEV void take_registers() {
@@ -124,9 +131,11 @@ DEV void give_registers() {
 #define SUMS_15 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define LIST(...) __VA_ARGS__
 // N, the text and the constraints of its sums, and the numbers of the operands after them.
-#define PRODUCT(N, TYPE, SUMS, CONSTRAINTS, A, B, P, T)                                                             \
+#define PRODUCT(N, TYPE, SUMS, CONSTRAINTS, A, B, P, T) PRODUCT_AS(N, TYPE, SUMS, CONSTRAINTS, A, B, P, "0", T)
+#define PRODUCT_MN(N, TYPE, SUMS, CONSTRAINTS, A, B, P, T) PRODUCT_AS(N, TYPE, SUMS, CONSTRAINTS, A, B, P, "1", T)
+#define PRODUCT_AS(N, TYPE, SUMS, CONSTRAINTS, A, B, P, A_MN_MAJOR, T)                                              \
   asm volatile("{.reg .pred p;\n setp.ne.b32 p, %" #P ", 0;\n wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
-               "." TYPE " {" SUMS "}, %" #A ", %" #B ", p, 1, 1, 0, %" #T ";}"                                      \
+               "." TYPE " {" SUMS "}, %" #A ", %" #B ", p, 1, 1, " A_MN_MAJOR ", %" #T ";}"                         \
                : LIST CONSTRAINTS                                                                                   \
                : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(b_mn_major)))
 #define PRODUCT_R(N, TYPE, SUMS, CONSTRAINTS, A0, A1, A2, A3, B, P, T)                                              \
@@ -140,9 +149,12 @@ DEV void give_registers() {
   else                                                \
     MACRO(N, "f16", SUMS, CONSTRAINTS, __VA_ARGS__)
 
-template <bool b_mn_major, int count>
+template <bool b_mn_major, bool a_mn_major = false, int count>
 DEV void multiply_async(float (&c)[count], uint64_t a, uint64_t b, bool accumulate, bool bf16) {
-  if constexpr (count == 16) {
+  if constexpr (a_mn_major) {
+    static_assert(count == 32, "there is no such product of this width here");
+    BOTH_TYPES(PRODUCT_MN, 64, SUMS_0 SUMS_1 SUMS_2 SUMS_3, (EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24)), 32, 33, 34, 35);
+  } else if constexpr (count == 16) {
     BOTH_TYPES(PRODUCT, 32, SUMS_0 SUMS_1, (EIGHT(0), EIGHT(8)), 16, 17, 18, 19);
   } else if constexpr (count == 24) {
     BOTH_TYPES(PRODUCT, 48, SUMS_0 SUMS_1 SUMS_2, (EIGHT(0), EIGHT(8), EIGHT(16)), 24, 25, 26, 27);
@@ -243,6 +255,8 @@ DEV void multiply_async(float (&c)[count], const uint32_t (&a)[4], uint64_t b, b
 #undef EIGHT
 #undef LIST
 #undef PRODUCT
+#undef PRODUCT_MN
+#undef PRODUCT_AS
 #undef PRODUCT_R
 #undef BOTH_TYPES
 

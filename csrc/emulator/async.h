@@ -300,7 +300,7 @@ struct Product {
   uint32_t a_registers[32][4];
   bool a_in_registers, accumulate, bf16;
   uint64_t a, b;
-  bool b_mn_major;
+  bool a_mn_major, b_mn_major;
   int columns;  // N
   std::vector<uint32_t> words;
 };
@@ -319,7 +319,7 @@ struct ProductLane {
   int count;
   const uint32_t* a_registers;  // or null: a is in shared memory
   uint64_t a, b;
-  bool b_mn_major, accumulate, bf16;
+  bool a_mn_major, b_mn_major, accumulate, bf16;
 };
 
 inline float to_float(uint16_t bits, bool bf16) {
@@ -342,7 +342,8 @@ inline float shared_float(uint32_t address, bool bf16) {
 
 // A warp's 16 of the 64 rows: sums [16, N] += a [16, 16] * b [16, N].
 inline void compute(const Product& product, std::vector<float>& sums) {
-  const Operand a(product.a_in_registers ? uint64_t{1} << 62 : product.a, false), b(product.b, product.b_mn_major);
+  const Operand a(product.a_in_registers ? uint64_t{1} << 62 : product.a, product.a_mn_major);
+  const Operand b(product.b, product.b_mn_major);
   const int N = product.columns, first_row = this_warp() % 4 * 16;
   std::vector<float> A(16 * 16), B(16 * N);
   for (int l = 0; l < 32; ++l)
@@ -372,9 +373,9 @@ inline std::vector<uint32_t> words_of(const Product& product) {
   for (int n = 0; n < product.columns; ++n)
     for (int k = 0; k < 16; ++k) words.push_back(b.at(n, k) / 4);
   if (!product.a_in_registers) {
-    const Operand a(product.a, false);
+    const Operand a(product.a, product.a_mn_major);
     for (int m = 0; m < 16; ++m)
-      for (int k = 0; k < 16; k += 2) words.push_back(a.at(this_warp() % 4 * 16 + m, k) / 4);
+      for (int k = 0; k < 16; ++k) words.push_back(a.at(this_warp() % 4 * 16 + m, k) / 4);
   }
   std::sort(words.begin(), words.end());
   words.erase(std::unique(words.begin(), words.end()), words.end());
@@ -388,8 +389,8 @@ inline void multiply_async(const ProductLane& mine) {
     const ProductLane& first = *static_cast<const ProductLane*>(lanes[0].in);
     Product product{};
     product.a_in_registers = first.a_registers, product.accumulate = first.accumulate, product.bf16 = first.bf16;
-    product.a = first.a, product.b = first.b, product.b_mn_major = first.b_mn_major;
-    product.columns = 2 * first.count;
+    product.a = first.a, product.b = first.b, product.a_mn_major = first.a_mn_major;
+    product.b_mn_major = first.b_mn_major, product.columns = 2 * first.count;
     for (int l = 0; l < 32; ++l) {
       const ProductLane& lane = *static_cast<const ProductLane*>(lanes[l].in);
       if (lane.a != first.a || lane.b != first.b || lane.accumulate != first.accumulate)

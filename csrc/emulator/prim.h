@@ -83,6 +83,10 @@ DEV uint32_t pack(float low, float high, bool bf16) {
 DEV float to_float(uint16_t bits, bool bf16) { return emulator::to_float(bits, bf16); }
 
 DEV void atomic_add(float* address, float value) { *address += value; }
+DEV void atomic_add(float* address, const float (&x)[4]) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) emulator::fail("four floats must begin at a multiple of 16 bytes");
+  for (int i = 0; i < 4; ++i) address[i] += x[i];
+}
 
 struct Words {
   uint32_t w[4];
@@ -235,13 +239,13 @@ void give_registers() {
   emulator::set_registers(count, false);
 }
 
-template <bool b_mn_major, int count>
+template <bool b_mn_major, bool a_mn_major = false, int count>
 void multiply_async(float (&c)[count], uint64_t a, uint64_t b, bool accumulate, bool bf16) {
-  emulator::multiply_async({c, count, nullptr, a, b, b_mn_major, accumulate, bf16});
+  emulator::multiply_async({c, count, nullptr, a, b, a_mn_major, b_mn_major, accumulate, bf16});
 }
 template <bool b_mn_major, int count>
 void multiply_async(float (&c)[count], const uint32_t (&a)[4], uint64_t b, bool accumulate, bool bf16) {
-  emulator::multiply_async({c, count, a, 0, b, b_mn_major, accumulate, bf16});
+  emulator::multiply_async({c, count, a, 0, b, false, b_mn_major, accumulate, bf16});
 }
 template <class... Registers>
 void products_fence(Registers&...) {

@@ -19,6 +19,7 @@ from pyattn.backends.cuda.kernels import (
     Kernel,
     columns_of,
     combine_kernel,
+    has_unordered_hopper_kernel,
     kernel_of,
     preprocess_kernel,
     unordered,
@@ -187,11 +188,13 @@ def backward_plan(
     if not hopper.why_not(problem, macros, target.arch):
         grad_out = query._replace(shape=(*query.shape[:-1], head_dims[1]), stride=strides[1])
         kinds = [("dkdv", 3), ("dq", 3)]
-        if sum(columns_of(head_dims)) > 256:  # as below
-            kinds[:1] = [("dkdv", 1), ("dkdv", 2)]
+        if not ordered and has_unordered_hopper_kernel(head_dims, macros):
+            kinds = [("unordered dkdv", 3)]
+        if sum(columns_of(head_dims)) > 256:  # the sums of both do not fit a thread's registers
+            kinds[:1] = [("dkdv", 1), (kinds[0][0], 2)]
         for op, gradients in kinds:
             kernel = hopper.kernel_for(op, problem, macros | {"GRADIENTS": gradients})
-            launches.append(hopper.start(kernel, problem, target, numbers, op == "dkdv", grad_out))
+            launches.append(hopper.start(kernel, problem, target, numbers, op != "dq", grad_out))
     else:
         launches += _split_launches(problem, target.arch, macros, ordered, start)
     if mask_sizes is not None:

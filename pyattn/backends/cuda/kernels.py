@@ -91,6 +91,7 @@ HOPPER_TILES = {
     "forward, other": (Tiles(128, 128, 12),) * 3 + (Tiles(128, 64, 12),) * 2,
     "dkdv": (Tiles(96, 128, 12), Tiles(64, 128, 12), Tiles(64, 128, 12), Tiles(64, 128, 12), Tiles(32, 128, 12)),
     "dkdv, other": (Tiles(32, 128, 12),) * 5,
+    "unordered dkdv": (Tiles(64, 128, 12),) * 4,
     "dq": (Tiles(128, 128, 12), Tiles(128, 128, 12), Tiles(128, 96, 12), Tiles(128, 64, 12), Tiles(128, 32, 12)),
     "dq, other": (Tiles(128, 64, 12),) * 4 + (Tiles(128, 32, 12),),
 }
@@ -149,8 +150,17 @@ def hopper_kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int], k
     else:
         rows = query + grad_out + 8 * tiles.BLOCK_M
         name, least, more = "attention_bwd_dkdv_hopper", key + value + 2 * rows, rows
+        if op == "unordered dkdv":
+            macros = macros | {"UNORDERED": 1}
+            least += 2 * 128 * tiles.BLOCK_N
     shared = least + more + barriers if least + more + barriers <= limit else least + barriers
     return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
+
+
+def has_unordered_hopper_kernel(head_dims: tuple[int, int], macros: dict[str, int]) -> bool:
+    """Whether the kernel for sm_90a of keys and values can find the query's gradient, too."""
+    tiles = HOPPER_TILES.get(_table("unordered dkdv", macros), ())
+    return _COLUMNS.index(max(columns_of(head_dims))) < len(tiles)
 
 
 def unordered(kernel: Kernel, head_dims: tuple[int, int], macros: dict[str, int], arch: str) -> Kernel | None:
