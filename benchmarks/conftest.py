@@ -8,6 +8,7 @@ A suite ``bench_NAME.py`` has a GRID of cells and a QUICK part of it; it writes 
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,7 @@ def cells(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
 
 
 def save(suite: str, cells: list[dict[str, Any]], directory: Path) -> Path:
-    environment = store.environment(" ".join(["python -m pytest", *sys.argv[1:]]))
+    environment = store.environment(shlex.join(["python", "-m", "pytest", *sys.argv[1:]]))
     forced = os.environ.get("PYATTN_CPU_ISA")
     path = directory / environment["device"] / (f"{suite}_{forced}.json" if forced else f"{suite}.json")
     store.save(path, environment, cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +78,8 @@ def draw(plot: Plot, cells: list[Cell], conditions: str, path: Path) -> None:
         handlelength=1.4,
         frameon=False,
     )
-    figure.supxlabel(f"{conditions}\n{plot.note}".strip(), fontsize=9, color="#555555")
+    lines = [*textwrap.wrap(conditions, 150), plot.note]
+    figure.supxlabel("\n".join(lines).strip(), fontsize=9, color="#555555")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -46,7 +46,8 @@ def main() -> None:
             if not rows:
                 raise ValueError(f"{name} has nothing for its table with {threads} threads and head dim {HEAD_DIM}")
             where = conditions(environment, cells, suite)
-            made = f"{where}, {environment['date'][:10]}. {suite.note} Made by `{environment['command']}`."
+            commands = dict.fromkeys(cell.get("machine", environment)["command"] for cell in cells)
+            made = f"{where}, {environment['date'][:10]}. {suite.note} Made by `{'`, `'.join(commands)}`."
             lines = [f"**{suite.title}**", tables.markdown(rows), made]
             if suite.plot:
                 path = args.docs / f"{name}.png"
