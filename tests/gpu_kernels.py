@@ -19,8 +19,8 @@ import torch
 import pyattn
 from pyattn import dispatch
 from pyattn.backends import cuda, triton
+from pyattn.backends.cuda import call, launch
 from pyattn.backends.cuda import kernels as cuda_kernels
-from pyattn.backends.cuda import launch
 from pyattn.testing import CASES, OUTPUTS, Case, check_case, forward_and_gradients, make_inputs, run
 
 ON_GPU = torch.cuda.is_available()
@@ -75,7 +75,7 @@ class Kernels(NamedTuple):
                         pytest.skip("the emulator runs on x86-64")
                     stack.enter_context(emulator.installed())
                 if small_tiles:
-                    stack.enter_context(mock.patch.object(cuda, "DECODE_ROWS", 8))
+                    stack.enter_context(mock.patch.object(call, "DECODE_ROWS", 8))
                     stack.enter_context(mock.patch.object(cuda, "SPLIT", 32))
                     tiles = {name: (CUDA_TILES[name.removesuffix(", other")],) * 5 for name in cuda_kernels.TILES}
                     stack.enter_context(mock.patch.dict(cuda_kernels.TILES, tiles))
