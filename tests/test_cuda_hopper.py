@@ -30,8 +30,11 @@ if ON_GPU or not emulator.supported():
     pytest.skip("runs on the emulator, on x86-64", allow_module_level=True)
 TYPES = (torch.bfloat16, torch.float16)
 BY_NAME = {case.name: case for case in CASES}
-SMALL = {"forward": Tiles(128, 32, 12), "dkdv": Tiles(32, 128, 12), "dq": Tiles(128, 32, 12)} | {
-    "unordered dkdv": Tiles(64, 128, 12)
+SMALL = {
+    "forward": Tiles(128, 32, 12),
+    "dkdv": Tiles(32, 128, 12),
+    "unordered dkdv": Tiles(64, 128, 12),
+    "dq": Tiles(128, 32, 12),
 }
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 104), (64, 256))
 

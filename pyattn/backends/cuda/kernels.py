@@ -152,7 +152,7 @@ def hopper_kernel(op: str, head_dims: tuple[int, int], macros: dict[str, int], k
         name, least, more = "attention_bwd_dkdv_hopper", key + value + 2 * rows, rows
         if op == "unordered dkdv":
             macros = macros | {"UNORDERED": 1}
-            least += 2 * 128 * tiles.BLOCK_N
+            least += 2 * 128 * tiles.BLOCK_N  # for dS^T, twice
     shared = least + more + barriers if least + more + barriers <= limit else least + barriers
     return Kernel(f"{name}.cuh", name, shared, tiles, D, Dv, **macros)
 
